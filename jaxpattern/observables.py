@@ -1,0 +1,98 @@
+"""Observables: scalar functions φ of the weights whose posterior expectations are steered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from jaxpattern.posterior import losses_in_chunks
+from jaxpattern.types import Batch, LossFn, Params
+from jaxpattern.validation import batch_length
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MeanLoss:
+    """φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a fixed batch. A pytree, so the batch is never baked in."""
+
+    batch: Batch
+    weights: Array | None
+    loss_fn: LossFn = field(metadata={"static": True})
+    chunk: int | None = field(metadata={"static": True})
+
+    def __call__(self, params: Params) -> Float[Array, ""]:
+        losses = losses_in_chunks(self.loss_fn, params, self.batch, self.chunk)
+        if self.weights is None:
+            return jnp.mean(losses)
+        return jnp.sum(self.weights * losses) / jnp.sum(self.weights)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch: a forward pass of each is what one evaluation costs."""
+        return batch_length("batch", self.batch)
+
+
+def mean_loss(
+    loss_fn: LossFn,
+    batch: Batch,
+    *,
+    weights: Shaped[Array, "samples *tokens"] | None = None,
+    chunk: int | None = None,
+) -> MeanLoss:
+    """The observable φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a batch.
+
+    Args:
+        loss_fn: pure function of weights and batch that returns `[B]` or `[B, T]` losses.
+        batch: pytree of arrays with one leading sample axis.
+        weights: ρ of the shape of the losses; zero excludes. None is all ones.
+        chunk: samples evaluated at a time, where memory is short.
+
+    Raises:
+        ValueError: the batch is empty or ragged.
+    """
+    batch_length("batch", batch)
+    return MeanLoss(batch=batch, weights=weights, loss_fn=loss_fn, chunk=chunk)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExcessLoss:
+    """φ(w) = L(w) − L(w*) over a fixed batch, differences taken loss by loss."""
+
+    mean: MeanLoss
+    reference: Float[Array, "samples *tokens"]
+
+    def __call__(self, params: Params) -> Float[Array, ""]:
+        mean = self.mean
+        losses = losses_in_chunks(mean.loss_fn, params, mean.batch, mean.chunk) - self.reference
+        weights = jnp.ones_like(losses) if mean.weights is None else mean.weights
+        return jnp.sum(weights * losses) / jnp.sum(weights)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch."""
+        return self.mean.num_samples
+
+
+def excess_loss(
+    loss_fn: LossFn,
+    batch: Batch,
+    params: Params,
+    *,
+    weights: Shaped[Array, "samples *tokens"] | None = None,
+    chunk: int | None = None,
+) -> ExcessLoss:
+    """The observable φ(w) = L(w) − L(w*), the standard one of a component.
+
+    Args:
+        loss_fn: pure function of weights and batch that returns `[B]` or `[B, T]` losses.
+        batch: the samples that L averages.
+        params: w*.
+        weights: ρ of the shape of the losses.
+        chunk: samples evaluated at a time, where memory is short.
+    """
+    mean = mean_loss(loss_fn, batch, weights=weights, chunk=chunk)
+    return ExcessLoss(mean=mean, reference=losses_in_chunks(loss_fn, params, batch, chunk))

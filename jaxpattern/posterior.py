@@ -1,0 +1,263 @@
+"""The localized Gibbs posterior around trained weights, as a pytree."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, Shaped
+
+from jaxpattern.restriction import Restriction, check_restriction
+from jaxpattern.types import Batch, LossFn, Losses, Params, Position
+from jaxpattern.validation import batch_length, check_number, check_params, is_concrete
+
+_CHECKED_SAMPLES = 1024
+
+
+class Minibatch(NamedTuple):
+    """Samples of the data with their normalised weights."""
+
+    batch: Batch
+    weights: Float[Array, "samples *tokens"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Posterior:
+    """p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²), with L(w) = Σ_j ρ_j ℓ_j(w) / Σ_j ρ_j.
+
+    Made by `localized_posterior`; a pytree, so that `vmap` over `nbeta`, `localization`, `params`
+    or `weights` works. `dataclasses.replace` changes nβ, γ or w*; `reweight` changes ρ, because
+    the field `weights` holds ρ normalised to sum N (the number of samples), which makes
+    L = (1/N) Σ_j weights_j ℓ_j and its mini-batch estimate an unbiased plain mean.
+
+    A chain moves a *position*: the weights, or the part a restriction selects, in float32 (or
+    wider) whatever the dtype of the parameters, so that small steps are not rounded away. The
+    loss sees parameters of the dtypes it was given.
+    """
+
+    params: Params
+    data: Batch
+    weights: Float[Array, "samples *tokens"]
+    nbeta: Float[Array, ""]
+    localization: Float[Array, ""]
+    restriction: Restriction | None
+    loss_fn: LossFn = field(metadata={"static": True})
+
+    @property
+    def num_samples(self) -> int:
+        """N, the number of samples in the data."""
+        return self.weights.shape[0]
+
+    @property
+    def centre(self) -> Position:
+        """The position of w*."""
+        return jax.tree.map(_widen, self._select(self.params))
+
+    def embed(self, position: Position) -> Params:
+        """The full weights at a position: everything outside the restriction stays at w*."""
+        like = self._select(self.params)
+        narrow = jax.tree.map(lambda x, reference: x.astype(reference.dtype), position, like)
+        return narrow if self.restriction is None else self.restriction.embed(narrow, self.params)
+
+    def _select(self, params: Params) -> Params:
+        return params if self.restriction is None else self.restriction.select(params)
+
+    def losses(self, position: Position, batch: Batch) -> Losses:
+        """ℓ_z(w) of a batch, at least in float32."""
+        return _widen(self.loss_fn(self.embed(position), batch))
+
+    def loss(self, position: Position, minibatch: Minibatch | None = None) -> Float[Array, ""]:
+        """L(w) on all the data, or its unbiased estimate from a mini-batch."""
+        batch, weights = minibatch or Minibatch(self.data, self.weights)
+        return jnp.sum(weights * self.losses(position, batch)) / weights.shape[0]
+
+    def minibatch(self, key: Key[Array, ""], size: int | None) -> Minibatch:
+        """`size` samples drawn uniformly with replacement; all the data where `size` is None."""
+        if size is None:
+            return Minibatch(self.data, self.weights)
+        index = jax.random.randint(key, (size,), 0, self.num_samples)
+        return jax.tree.map(lambda x: x[index], Minibatch(self.data, self.weights))
+
+    def loss_gradient(self, position: Position, minibatch: Minibatch | None = None) -> Position:
+        """∇L(w), or its mini-batch estimate."""
+        return jax.grad(self.loss)(position, minibatch)
+
+    def grad_estimator(self, position: Position, minibatch: Minibatch | None = None) -> Position:
+        """∇ log p(w) = −nβ ∇L(w) − γ (w − w*): what a blackjax stochastic-gradient kernel takes."""
+        return jax.tree.map(
+            lambda g, w, centre: -self.nbeta * g - self.localization * (w - centre),
+            self.loss_gradient(position, minibatch),
+            position,
+            self.centre,
+        )
+
+    def logdensity(self, position: Position) -> Float[Array, ""]:
+        """log p(w) up to a constant, on all the data: what a blackjax MCMC kernel takes."""
+        squared = jax.tree.map(lambda w, centre: jnp.sum((w - centre) ** 2), position, self.centre)
+        return -self.nbeta * self.loss(position) - self.localization / 2 * jax.tree.reduce(
+            jnp.add, squared
+        )
+
+    def reweight(self, weights: Shaped[Array, "samples *tokens"] | None) -> Posterior:
+        """The posterior of the same data under weights ρ, of the shape of the losses.
+
+        Raises:
+            ValueError: the shape is not that of the losses, a weight is not finite, or their sum
+                is not positive.
+        """
+        return replace(self, weights=_normalise(weights, self.weights.shape, self.weights.dtype))
+
+
+def localized_posterior(
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch,
+    *,
+    nbeta: float | Float[Array, ""],
+    localization: float | Float[Array, ""],
+    weights: Shaped[Array, "samples *tokens"] | None = None,
+) -> Posterior:
+    """The posterior p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²) around trained weights w*.
+
+    Args:
+        loss_fn: pure function of weights and batch that returns `[B]` or `[B, T]` losses in nats;
+            it does not reduce.
+        params: w*, a pytree of floating-point arrays.
+        data: pytree of arrays with one leading sample axis of length N.
+        nbeta: inverse temperature nβ > 0, in inverse units of the loss.
+        localization: γ ≥ 0, a precision in inverse squared units of the weights.
+        weights: ρ of the shape of the losses, `[N]` or `[N, T]`; zero excludes (padding). None is
+            ρ = 1. Weights may be negative as long as their sum is positive.
+
+    Returns:
+        A `Posterior`.
+
+    Raises:
+        TypeError: parameters are not floating point, or the loss is not.
+        ValueError: the loss is reduced, has another leading axis than the batch, or is not finite
+            at w* (looked at on the first 1024 samples); the data are empty or ragged; nβ or γ is
+            out of range; the weights do not fit.
+
+    References:
+        Lau et al. 2023, arXiv 2308.12108, eq. 16; Baker et al. 2025, arXiv 2504.18274.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn!r}")
+    check_params("params", params)
+    num_samples = batch_length("data", data)
+    check_number("nbeta", nbeta, minimum=0.0, exclusive=True)
+    check_number("localization", localization, minimum=0.0)
+    data = jax.tree.map(jnp.asarray, data)
+    shape, dtype = check_loss(loss_fn, params, data, num_samples)
+    check_finite_losses(loss_fn, params, data, num_samples)
+    return Posterior(
+        params=params,
+        data=data,
+        weights=_normalise(weights, shape, dtype),
+        nbeta=jnp.asarray(nbeta, dtype),
+        localization=jnp.asarray(localization, dtype),
+        restriction=None,
+        loss_fn=loss_fn,
+    )
+
+
+def restrict(posterior: Posterior, restriction: Restriction) -> Posterior:
+    """The posterior of one component, all other weights held at w*.
+
+    Raises:
+        TypeError: `restriction` is not a `Restriction`.
+        ValueError: the posterior is restricted already, or the restriction selects nothing, or
+            putting back what it selects does not give the same weights.
+    """
+    if posterior.restriction is not None:
+        raise ValueError(
+            "posterior is restricted already; restrict the full posterior, "
+            "with union(...) of restrictions where more is wanted"
+        )
+    check_restriction(restriction, posterior.params)
+    return replace(posterior, restriction=restriction)
+
+
+def losses_in_chunks(
+    loss_fn: LossFn, params: Params, batch: Batch, chunk: int | None
+) -> Losses:
+    """ℓ_z(w) of a batch, `chunk` samples at a time: memory O(chunk), one compiled loop."""
+    size = batch_length("batch", batch)
+    if chunk is None or chunk >= size:
+        return _widen(loss_fn(params, batch))
+    whole = size // chunk * chunk
+    head = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), batch)
+    losses = jax.lax.map(lambda piece: _widen(loss_fn(params, piece)), head)
+    losses = losses.reshape(whole, *losses.shape[2:])
+    if whole == size:
+        return losses
+    rest = _widen(loss_fn(params, jax.tree.map(lambda x: x[whole:], batch)))
+    return jnp.concatenate([losses, rest])
+
+
+def check_loss(
+    loss_fn: LossFn, params: Params, batch: Batch, num_samples: int, name: str = "loss_fn"
+) -> tuple[tuple[int, ...], jnp.dtype]:
+    """Shape and (widened) dtype of the losses of a batch, without computing them."""
+    out = jax.eval_shape(loss_fn, params, batch)
+    if not hasattr(out, "shape"):
+        raise TypeError(f"{name} must return one array of losses, got a {type(out).__name__}")
+    if out.ndim == 0:
+        raise ValueError(f"{name} must return one loss a sample, [B] or [B, T]; it reduced to a scalar")
+    if out.shape[0] != num_samples or out.ndim > 2:
+        raise ValueError(
+            f"{name} must return losses of shape [B] or [B, T] with B = {num_samples}, "
+            f"got {list(out.shape)}"
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(f"{name} must return floating-point losses, got {out.dtype}")
+    return out.shape, jnp.promote_types(out.dtype, jnp.float32)
+
+
+def check_finite_losses(loss_fn: LossFn, params: Params, batch: Batch, num_samples: int) -> None:
+    """The losses of the first samples are finite at w*."""
+    if not all(map(is_concrete, jax.tree.leaves((params, batch)))):
+        return
+    head = jax.tree.map(lambda x: x[:_CHECKED_SAMPLES], batch)
+    losses = _losses_jit(loss_fn, params, head)
+    finite = jnp.isfinite(losses.reshape(losses.shape[0], -1)).all(axis=1)
+    if not bool(finite.all()):
+        bad = [int(i) for i in jnp.flatnonzero(~finite)[:5]]
+        raise ValueError(
+            f"loss_fn is not finite at params for {int((~finite).sum())} of the first "
+            f"{len(finite)} samples of data, such as samples {bad}"
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses_jit(loss_fn: LossFn, params: Params, batch: Batch) -> Losses:
+    return losses_in_chunks(loss_fn, params, batch, 64)
+
+
+def _normalise(
+    weights: Array | None, shape: tuple[int, ...], dtype: jnp.dtype
+) -> Float[Array, "samples *tokens"]:
+    """ρ scaled to sum N."""
+    if weights is None:
+        return jnp.full(shape, shape[0] / math.prod(shape), dtype)
+    weights = jnp.asarray(weights, dtype)
+    if weights.shape != shape:
+        raise ValueError(
+            f"weights must have the shape of the losses, {list(shape)}, got {list(weights.shape)}"
+        )
+    total = jnp.sum(weights)
+    if is_concrete(weights):
+        if not bool(jnp.all(jnp.isfinite(weights))):
+            raise ValueError("weights must be finite, got NaN or infinity among them")
+        if not float(total) > 0:
+            raise ValueError(f"weights must have a positive sum, got {float(total):g}")
+    return weights * (shape[0] / total)
+
+
+def _widen(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,206 @@
+"""Samplers: functions from a `Posterior` to a blackjax `SamplingAlgorithm`.
+
+A sampler made here is a `jax.tree_util.Partial` whose leaves are its settings, so that it passes
+through `jit` without compiling again for another step size, and can be vmapped over one. Step
+sizes are ε in the field's convention, w ← w + (ε/2) ∇log p + √ε ξ; blackjax's is ε/2.
+
+A user's own sampler is any function of the posterior that returns a `SamplingAlgorithm`: with
+`step(key, state, minibatch) → state` as the stochastic-gradient kernels of blackjax (bind their
+step size), or `step(key, state) → (state, info)` as its MCMC kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import blackjax
+import jax
+import jax.numpy as jnp
+from blackjax.base import SamplingAlgorithm
+from blackjax.util import generate_gaussian_noise
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int, Key
+
+from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.types import Position
+from jaxpattern.validation import check_number
+
+
+def sgld(*, step_size: float | Float[Array, ""]) -> Partial:
+    """Stochastic gradient Langevin dynamics, w ← w − (ε/2)[nβ ∇L_B(w) + γ(w − w*)] + √ε ξ.
+
+    On a quadratic of curvature h, with per-sample gradient variance C, batch size m and
+    P = nβ h + γ, its stationary variance is P⁻¹ (1 + ε (nβ)² C / 4m) / (1 − εP/4), and it forgets
+    as (1 − εP/2)^t.
+
+    Args:
+        step_size: ε > 0, in squared units of the weights.
+
+    Returns:
+        A sampler.
+
+    References:
+        Welling & Teh 2011; Lau et al. 2023, arXiv 2308.12108.
+    """
+    check_number("step_size", step_size, minimum=0.0, exclusive=True)
+    return Partial(_sgld, step_size=step_size)
+
+
+def _sgld(posterior: Posterior, *, step_size: Any) -> SamplingAlgorithm:
+    algorithm = blackjax.sgld(posterior.grad_estimator)
+
+    def step(key: Key[Array, ""], position: Position, minibatch: Minibatch) -> Position:
+        return algorithm.step(key, position, minibatch, step_size / 2)
+
+    return SamplingAlgorithm(algorithm.init, step)
+
+
+class RmspropState(NamedTuple):
+    """Position, running mean of squared loss gradients, and number of steps taken."""
+
+    position: Position
+    square_average: Position
+    count: Int[Array, ""]
+
+
+def rmsprop_sgld(
+    *,
+    step_size: float | Float[Array, ""],
+    decay: float = 0.99,
+    stability: float = 0.1,
+    initial_square: float = 1.0,
+    bias_correction: bool = True,
+) -> Partial:
+    """SGLD with an RMSprop preconditioner, ε_t = ε / (√v̂_t + e).
+
+    v_t = a v_{t−1} + (1−a) g_t² of the loss gradient g_t = ∇L_B(w_t) (nβ not in it),
+    v̂_t = v_t / (1 − a^{t+1}) and w ← w + (ε_t/2) ∇log p + √ε_t ξ elementwise. The drift term for
+    the change of the preconditioner (Γ) is left out, as in the published runs.
+
+    Args:
+        step_size: ε > 0.
+        decay: a in [0, 1).
+        stability: e > 0, in units of the loss gradient.
+        initial_square: v_{−1} ≥ 0. Published: 1 with bias correction; the torch package
+            devinterp 2.0.1: 0 without.
+        bias_correction: whether v̂_t = v_t / (1 − a^{t+1}), or v_t itself.
+
+    Returns:
+        A sampler.
+
+    References:
+        Li et al. 2016; Hitchcock & Hoogland 2025, arXiv 2507.21449; arXiv 2609.00699.
+    """
+    check_number("step_size", step_size, minimum=0.0, exclusive=True)
+    check_number("decay", decay, minimum=0.0)
+    check_number("stability", stability, minimum=0.0, exclusive=True)
+    check_number("initial_square", initial_square, minimum=0.0)
+    if decay >= 1:
+        raise ValueError(f"decay must be below 1, got {decay:g}")
+    return Partial(
+        _rmsprop_corrected if bias_correction else _rmsprop_uncorrected,
+        step_size=step_size,
+        decay=decay,
+        stability=stability,
+        initial_square=initial_square,
+    )
+
+
+def _rmsprop_corrected(posterior: Posterior, **settings: Any) -> SamplingAlgorithm:
+    return _rmsprop(posterior, bias_correction=True, **settings)
+
+
+def _rmsprop_uncorrected(posterior: Posterior, **settings: Any) -> SamplingAlgorithm:
+    return _rmsprop(posterior, bias_correction=False, **settings)
+
+
+def _rmsprop(
+    posterior: Posterior,
+    *,
+    step_size: Any,
+    decay: Any,
+    stability: Any,
+    initial_square: Any,
+    bias_correction: bool,
+) -> SamplingAlgorithm:
+    centre = posterior.centre
+
+    def init(position: Position, rng_key: Key[Array, ""] | None = None) -> RmspropState:
+        square = jax.tree.map(lambda w: jnp.full_like(w, initial_square), position)
+        return RmspropState(position, square, jnp.zeros((), jnp.int32))
+
+    def step(key: Key[Array, ""], state: RmspropState, minibatch: Minibatch) -> RmspropState:
+        position, square, count = state
+        gradient = posterior.loss_gradient(position, minibatch)
+        square = jax.tree.map(lambda v, g: decay * v + (1 - decay) * g**2, square, gradient)
+        correction = 1 - decay ** (count + 1.0) if bias_correction else 1.0
+
+        def move(w: Array, g: Array, v: Array, w0: Array, xi: Array) -> Array:
+            step = step_size / (jnp.sqrt(v / correction) + stability)
+            drift = posterior.nbeta * g + posterior.localization * (w - w0)
+            return w - step / 2 * drift + jnp.sqrt(step) * xi
+
+        noise = generate_gaussian_noise(key, position)
+        position = jax.tree.map(move, position, gradient, square, centre, noise)
+        return RmspropState(position, square, count + 1)
+
+    return SamplingAlgorithm(init, step)
+
+
+def sgnht(
+    *, step_size: float | Float[Array, ""], friction: float | Float[Array, ""] = 1.0
+) -> Partial:
+    """Stochastic gradient Nosé-Hoover thermostat: momentum with a friction that adapts.
+
+    With h = √(ε/2), so that the gradient moves the weights by (ε/2) ∇log p as in SGLD:
+    w ← w + h p,  p ← (1 − ξh) p + h ∇log p + √(2αh) η,  ξ ← ξ + h (p·p/d − 1).
+    The thermostat absorbs mini-batch noise that is the same in all directions.
+
+    Args:
+        step_size: ε > 0, in squared units of the weights.
+        friction: α > 0, per unit of the time h.
+
+    Returns:
+        A sampler.
+
+    References:
+        Ding et al. 2014.
+    """
+    check_number("step_size", step_size, minimum=0.0, exclusive=True)
+    check_number("friction", friction, minimum=0.0, exclusive=True)
+    return Partial(_sgnht, step_size=step_size, friction=friction)
+
+
+def _sgnht(posterior: Posterior, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
+    algorithm = blackjax.sgnht(posterior.grad_estimator, alpha=friction)
+
+    def init(position: Position, rng_key: Key[Array, ""]) -> Any:
+        return blackjax.sgmcmc.sgnht.init(position, rng_key, jnp.asarray(friction, float))
+
+    def step(key: Key[Array, ""], state: Any, minibatch: Minibatch) -> Any:
+        return algorithm.step(key, state, minibatch, jnp.sqrt(step_size / 2))
+
+    return SamplingAlgorithm(init, step)
+
+
+def mala(*, step_size: float | Float[Array, ""]) -> Partial:
+    """Metropolis-adjusted Langevin algorithm on all the data: exact, as a check of the others.
+
+    Proposes w + (ε/2) ∇log p + √ε ξ and accepts it by Metropolis-Hastings, so that its
+    stationary law has no step bias and no mini-batch temperature.
+
+    Args:
+        step_size: ε > 0, in squared units of the weights.
+
+    Returns:
+        A sampler.
+
+    References:
+        Roberts & Tweedie 1996.
+    """
+    check_number("step_size", step_size, minimum=0.0, exclusive=True)
+    return Partial(_mala, step_size=step_size)
+
+
+def _mala(posterior: Posterior, *, step_size: Any) -> SamplingAlgorithm:
+    return blackjax.mala(posterior.logdensity, step_size / 2)

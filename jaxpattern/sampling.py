@@ -1,0 +1,478 @@
+"""Chains: one compiled loop a chunk, components × chains vmapped, the divergence rule.
+
+A chain runs `num_burnin` steps, then `num_draws` times `thin` steps and a record. A *recorder* says
+what is kept of a draw: its `value` is computed from the position, its `update` adds the value to
+an accumulator of fixed size. Traces and streamed moments are recorders; so is whatever a user
+writes against `Recorder`.
+
+Divergence: a draw whose position or value is not finite ends its chain. The chain is frozen, its
+further draws have weight zero, the chain is left out of every estimate, and it is named in the
+result and in a `DivergenceWarning`. When all chains of a component are lost, `DivergenceError`.
+
+Randomness: chain c of component k uses fold_in(fold_in(key, k), c), and step t folds in t. Bits
+therefore do not depend on chunking, on other chains, or on where a chain runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from tqdm import tqdm
+
+from jaxpattern.posterior import Posterior, losses_in_chunks
+from jaxpattern.restriction import Restriction
+from jaxpattern.types import Params, Position
+from jaxpattern.validation import check_count, check_key, is_concrete
+
+_PROGRESS_CHUNKS = 50
+_WANTED_BATCHES = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many chains, how long, how dense.
+
+    Attributes:
+        num_chains: independent chains, all started at w*.
+        num_burnin: steps thrown away at the start of a chain.
+        num_draws: draws kept of a chain.
+        thin: steps from draw to draw.
+        batch_size: samples of the data in a step, drawn with replacement; None: all of them.
+        num_batches: batches of draws a chain is cut into for standard errors. By default as many
+            as make 20 over all chains. A batch should span many relaxation times.
+        chunk: samples evaluated at a time in passes over probes and data, where memory is short.
+    """
+
+    num_chains: int = 4
+    num_burnin: int = 100
+    num_draws: int = 100
+    thin: int = 1
+    batch_size: int | None = None
+    num_batches: int | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("num_chains", self.num_chains, minimum=1)
+        check_count("num_burnin", self.num_burnin, minimum=0)
+        check_count("num_draws", self.num_draws, minimum=2)
+        check_count("thin", self.thin, minimum=1)
+        for name in ("batch_size", "num_batches", "chunk"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), minimum=1)
+        if self.batches > self.num_draws:
+            raise ValueError(
+                f"num_batches must be at most num_draws = {self.num_draws}, got {self.num_batches}"
+            )
+        if self.batches * self.num_chains < 2:
+            raise ValueError("num_chains × num_batches must be at least 2 for a standard error")
+
+    @property
+    def batches(self) -> int:
+        """Batches of draws in a chain."""
+        if self.num_batches is not None:
+            return self.num_batches
+        return min(-(-_WANTED_BATCHES // self.num_chains), self.num_draws)
+
+    @property
+    def num_steps(self) -> int:
+        """Sampler steps of a chain."""
+        return self.num_burnin + self.num_draws * self.thin
+
+
+class DivergenceWarning(UserWarning):
+    """Some chains turned non-finite and were left out."""
+
+
+class DivergenceError(FloatingPointError):
+    """All chains of a component turned non-finite."""
+
+
+class Recorder(Protocol):
+    """What is kept of a chain. A pytree, so that its arrays pass through `jit` as arguments."""
+
+    def init(self, posterior: Posterior, plan: Plan) -> PyTree[Array]:
+        """The empty accumulator."""
+
+    def value(
+        self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
+    ) -> PyTree[Array]:
+        """What is computed at a draw."""
+
+    def update(
+        self,
+        accumulator: PyTree[Array],
+        value: PyTree[Array],
+        draw: Int[Array, ""],
+        alive: Bool[Array, ""],
+        plan: Plan,
+    ) -> PyTree[Array]:
+        """The accumulator with the value of a draw; a dead chain adds nothing."""
+
+
+class Chain(NamedTuple):
+    """A chain between two chunks: sampler state, whether it is finite, and what was recorded."""
+
+    state: PyTree[Array]
+    alive: Bool[Array, "*chains"]
+    accumulator: PyTree[Array]
+
+
+class Kernel(NamedTuple):
+    """A sampling algorithm in one shape: state, step(key, state) and the position of a state."""
+
+    init: Callable[[Position, Key[Array, ""]], PyTree[Array]]
+    step: Callable[[Key[Array, ""], PyTree[Array]], PyTree[Array]]
+    position: Callable[[PyTree[Array]], Position]
+
+
+def build_kernel(posterior: Posterior, sampler: Any, plan: Plan) -> Kernel:
+    """The kernel of a sampler on a posterior, with mini-batches drawn inside its steps.
+
+    Raises:
+        TypeError: the sampler does not return a blackjax `SamplingAlgorithm`, or its step takes
+            neither (key, state) nor (key, state, minibatch).
+    """
+    algorithm = sampler(posterior)
+    if not (hasattr(algorithm, "init") and hasattr(algorithm, "step")):
+        raise TypeError(
+            "sampler must be a function Posterior -> SamplingAlgorithm, such as "
+            f"jp.sgld(step_size=1e-3); it returned {type(algorithm).__name__}"
+        )
+    required = [
+        parameter
+        for parameter in inspect.signature(algorithm.step).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+
+    def full_data_step(key: Key[Array, ""], state: Any) -> Any:
+        return algorithm.step(key, state)[0]
+
+    def minibatch_step(key: Key[Array, ""], state: Any) -> Any:
+        batch_key, step_key = jax.random.split(key)
+        minibatch = posterior.minibatch(batch_key, plan.batch_size)
+        return algorithm.step(step_key, state, minibatch)  # type: ignore[call-arg]
+
+    if len(required) not in (2, 3):
+        raise TypeError(
+            "the sampler's step must take (key, state) or (key, state, minibatch); it requires "
+            f"{[parameter.name for parameter in required]}: bind the others first"
+        )
+    return Kernel(
+        init=lambda position, key: algorithm.init(position, key),
+        step=full_data_step if len(required) == 2 else minibatch_step,
+        position=lambda state: getattr(state, "position", state),
+    )
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """The random streams of one chain."""
+
+    init: Key[Array, ""]
+    step: Key[Array, ""]
+    record: Key[Array, ""]
+
+
+def _streams(key: Key[Array, ""]) -> _Streams:
+    return _Streams(*(jax.random.fold_in(key, stream) for stream in range(3)))
+
+
+def _start(
+    posterior: Posterior, sampler: Any, recorder: Recorder, plan: Plan, key: Key[Array, ""]
+) -> Chain:
+    state = build_kernel(posterior, sampler, plan).init(posterior.centre, _streams(key).init)
+    return Chain(
+        state=jax.tree.map(jnp.asarray, state),
+        alive=jnp.asarray(True),
+        accumulator=recorder.init(posterior, plan),
+    )
+
+
+def _burn(
+    posterior: Posterior,
+    sampler: Any,
+    plan: Plan,
+    chain: Chain,
+    key: Key[Array, ""],
+    start: int | Array,
+    stop: int | Array,
+) -> Chain:
+    """Steps [start, stop) of the burn-in."""
+    kernel, streams = build_kernel(posterior, sampler, plan), _streams(key)
+    state = jax.lax.fori_loop(
+        start,
+        stop,
+        lambda t, state: kernel.step(jax.random.fold_in(streams.step, t), state),
+        chain.state,
+    )
+    return chain._replace(state=state)
+
+
+def _draw(
+    posterior: Posterior,
+    sampler: Any,
+    recorder: Recorder,
+    plan: Plan,
+    chain: Chain,
+    key: Key[Array, ""],
+    start: int | Array,
+    stop: int | Array,
+) -> Chain:
+    """Draws [start, stop), with `thin` steps before each."""
+    kernel, streams = build_kernel(posterior, sampler, plan), _streams(key)
+
+    def draw(d: Array, chain: Chain) -> Chain:
+        first = plan.num_burnin + d * plan.thin
+        state = jax.lax.fori_loop(
+            0,
+            plan.thin,
+            lambda i, state: kernel.step(jax.random.fold_in(streams.step, first + i), state),
+            chain.state,
+        )
+        position = kernel.position(state)
+        value = recorder.value(posterior, position, jax.random.fold_in(streams.record, d), plan)
+        alive = chain.alive & _all_finite((position, value))
+        return Chain(
+            state=jax.tree.map(partial(jnp.where, alive), state, chain.state),
+            alive=alive,
+            accumulator=recorder.update(chain.accumulator, value, d, alive, plan),
+        )
+
+    return jax.lax.fori_loop(start, stop, draw, chain)
+
+
+def _all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _over_chains(function: Callable, posterior: Posterior, restrictions: Any) -> Callable:
+    """Vmap of a one-chain function over components (leading) and chains."""
+
+    def one_chain(restriction: Restriction | None, *args: Any) -> Chain:
+        component = posterior if restriction is None else replace(posterior, restriction=restriction)
+        return function(component, *args)
+
+    def mapped(*args: Any) -> Chain:
+        chains = jax.vmap(one_chain, in_axes=(None, *(0 for _ in args)))
+        return jax.vmap(chains)(restrictions, *args)
+
+    return mapped
+
+
+@partial(jax.jit, static_argnames="plan")
+def _start_all(posterior, restrictions, sampler, recorder, keys, plan):  # type: ignore[no-untyped-def]
+    start = lambda component, key: _start(component, sampler, recorder, plan, key)  # noqa: E731
+    return _over_chains(start, posterior, restrictions)(keys)
+
+
+@partial(jax.jit, static_argnames=("plan", "static_bounds"))
+def _burn_all(  # type: ignore[no-untyped-def]
+    posterior, restrictions, sampler, chains, keys, bounds, plan, static_bounds=None
+):
+    start, stop = static_bounds or bounds
+    burn = lambda p, chain, key: _burn(p, sampler, plan, chain, key, start, stop)  # noqa: E731
+    return _over_chains(burn, posterior, restrictions)(chains, keys)
+
+
+@partial(jax.jit, static_argnames=("plan", "static_bounds"))
+def _draw_all(  # type: ignore[no-untyped-def]
+    posterior, restrictions, sampler, recorder, chains, keys, bounds, plan, static_bounds=None
+):
+    start, stop = static_bounds or bounds
+    draw = lambda p, chain, key: _draw(p, sampler, recorder, plan, chain, key, start, stop)  # noqa: E731
+    return _over_chains(draw, posterior, restrictions)(chains, keys)
+
+
+def run_chains(
+    key: Key[Array, ""],
+    posterior: Posterior,
+    sampler: Any,
+    plan: Plan,
+    recorder: Recorder,
+    *,
+    restrictions: Restriction | None = None,
+    component_ids: tuple[int, ...] = (0,),
+    label: str = "sampling",
+    progress: bool = True,
+) -> Chain:
+    """All chains of some components of equal shape, as one program.
+
+    Args:
+        key: typed key.
+        posterior: the posterior; unrestricted where `restrictions` are given.
+        sampler: a function of the posterior that returns a `SamplingAlgorithm`.
+        plan: lengths and numbers.
+        recorder: what to keep of each draw.
+        restrictions: one `Restriction` whose leaves carry a leading component axis.
+        component_ids: what each component folds into the key.
+        label: what the progress line says.
+        progress: show a progress line, and compute in chunks. Off, or when traced by `vmap` or
+            `grad`, all draws are one loop of static length, which reverse mode can run through.
+
+    Returns:
+        A `Chain` whose leaves have leading axes `[component, chain]`.
+    """
+    ids = jnp.asarray(component_ids, jnp.uint32)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    chain_ids = jnp.arange(plan.num_chains, dtype=jnp.uint32)
+    keys = jax.vmap(lambda k: fold(k, chain_ids))(fold(key, ids))
+    chains = _start_all(posterior, restrictions, sampler, recorder, keys, plan)
+    burn = partial(_burn_all, posterior, restrictions, sampler)
+    draw = partial(_draw_all, posterior, restrictions, sampler, recorder)
+    arguments = jax.tree.leaves((key, posterior, sampler, recorder))
+    if not progress or not all(map(is_concrete, arguments)):
+        chains = burn(chains, keys, None, plan, (0, plan.num_burnin))
+        return draw(chains, keys, None, plan, (0, plan.num_draws))
+    with tqdm(total=plan.num_steps, desc=label, unit="step", leave=False) as bar:
+        for advance, total, thin in ((burn, plan.num_burnin, 1), (draw, plan.num_draws, plan.thin)):
+            size = max(1, -(-total * thin * _PROGRESS_CHUNKS // plan.num_steps))
+            size = -(-total // size) if total else 1
+            for start in range(0, total, size):
+                stop = min(start + size, total)
+                bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
+                chains = jax.block_until_ready(advance(chains, keys, bounds, plan))
+                bar.update((stop - start) * thin)
+    return chains
+
+
+def check_alive(
+    alive: Bool[Array, "components chains"], names: tuple[str, ...], posterior: Posterior
+) -> None:
+    """The divergence rule: warn and name lost chains, raise where a component lost all."""
+    if not is_concrete(alive) or bool(alive.all()):
+        return
+    lost = {
+        name: [int(c) for c in jnp.flatnonzero(~row)]
+        for name, row in zip(names, alive, strict=True)
+        if not bool(row.all())
+    }
+    where = "; ".join(f"{name}: chains {chains}" if name else f"chains {chains}" for name, chains in lost.items())
+    if bool(alive.any(axis=1).all()):
+        warnings.warn(
+            f"chains turned non-finite and are left out of every estimate ({where}); "
+            "a smaller step_size, a larger localization or a smaller nbeta keeps them",
+            DivergenceWarning,
+            stacklevel=3,
+        )
+        return
+    losses = losses_in_chunks(posterior.loss_fn, posterior.params, posterior.data, 64)
+    bad = jnp.flatnonzero(~jnp.isfinite(losses).reshape(len(losses), -1).all(axis=1))
+    reason = (
+        f"the loss is not finite at w* for samples {[int(i) for i in bad[:5]]} of data"
+        if len(bad)
+        else "take a smaller step_size, a larger localization or a smaller nbeta"
+    )
+    raise DivergenceError(f"all chains turned non-finite ({where}): {reason}")
+
+
+def check_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> None:
+    """What every driver takes, checked before any sampling."""
+    check_key(key)
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"posterior must come from localized_posterior, got {type(posterior).__name__}"
+        )
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    if not callable(sampler):
+        raise TypeError(
+            f"sampler must be a function Posterior -> SamplingAlgorithm, got {type(sampler).__name__}"
+        )
+    if plan.batch_size is not None and plan.batch_size > posterior.num_samples:
+        raise ValueError(
+            f"plan.batch_size must be at most the {posterior.num_samples} samples of data, "
+            f"got {plan.batch_size}"
+        )
+    jax.eval_shape(lambda p: build_kernel(p, sampler, plan).init(p.centre, key), posterior)
+
+
+def as_pytree_function(function: Callable) -> Callable:
+    """A function as a pytree, so that it passes through `jit` as an argument."""
+    leaves = jax.tree.leaves(function)
+    return Partial(function) if len(leaves) == 1 and leaves[0] is function else function
+
+
+def write_draw(
+    trace: Array, value: Array, *, draw: Int[Array, ""], alive: Bool[Array, ""]
+) -> Array:
+    """The trace with one draw written; NaN where the chain is lost."""
+    if jnp.issubdtype(trace.dtype, jnp.floating):
+        value = jnp.where(alive, value, jnp.nan)
+    return trace.at[draw].set(value)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Trace:
+    """Records every draw of `observe(params)`."""
+
+    observe: Callable[[Params], PyTree[Array]]
+
+    def init(self, posterior: Posterior, plan: Plan) -> PyTree[Array]:
+        shapes = jax.eval_shape(lambda p: self.observe(p.embed(p.centre)), posterior)
+        return jax.tree.map(lambda s: jnp.zeros((plan.num_draws, *s.shape), s.dtype), shapes)
+
+    def value(
+        self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
+    ) -> PyTree[Array]:
+        del key, plan
+        return jax.tree.map(jnp.asarray, self.observe(posterior.embed(position)))
+
+    def update(
+        self,
+        accumulator: PyTree[Array],
+        value: PyTree[Array],
+        draw: Int[Array, ""],
+        alive: Bool[Array, ""],
+        plan: Plan,
+    ) -> PyTree[Array]:
+        del plan
+        return jax.tree.map(partial(write_draw, draw=draw, alive=alive), accumulator, value)
+
+
+def sample(
+    key: Key[Array, ""],
+    posterior: Posterior,
+    sampler: Any,
+    plan: Plan,
+    observe: Callable[[Params], PyTree[Array]],
+    *,
+    progress: bool = True,
+) -> PyTree[Float[Array, "chains draws ..."]]:
+    """Traces of anything computed from the weights along the chains.
+
+    Args:
+        key: typed key.
+        posterior: what to sample.
+        sampler: `sgld(...)`, …, or any function of the posterior to a `SamplingAlgorithm`.
+        plan: lengths and numbers.
+        observe: pure function of the full weights that returns a pytree of arrays.
+        progress: show a progress line. Without it the whole run is one pure function.
+
+    Returns:
+        The pytree of `observe`, its leaves with leading axes `[chain, draw]`. Draws of a chain
+        that diverged are NaN from there on, and a `DivergenceWarning` names it.
+
+    Raises:
+        DivergenceError: all chains diverged.
+        TypeError, ValueError: an argument does not fit.
+    """
+    check_run(key, posterior, sampler, plan)
+    if not callable(observe):
+        raise TypeError(f"observe must be a function of params, got {type(observe).__name__}")
+    recorder = _Trace(as_pytree_function(observe))
+    chains = run_chains(
+        key, posterior, as_pytree_function(sampler), plan, recorder, progress=progress
+    )
+    check_alive(chains.alive, ("",), posterior)
+    return jax.tree.map(lambda leaf: leaf[0], chains.accumulator)

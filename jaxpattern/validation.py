@@ -1,0 +1,86 @@
+"""Checks on what users pass in. Each error names the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether the value can be looked at: false for what is traced by jit, vmap or grad."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def check_key(key: Any) -> None:
+    """A single typed random key."""
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        kind = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else type(key).__name__
+        raise TypeError(f"key must be a typed key from jax.random.key(seed), got {kind}")
+    if key.shape != ():
+        raise TypeError(f"key must be one key, got an array of keys of shape {key.shape}")
+
+
+def check_number(name: str, value: Any, *, minimum: float, exclusive: bool = False) -> None:
+    """A real scalar, at least (or above) the minimum, and finite."""
+    if isinstance(value, str | bytes) or jnp.ndim(value) != 0:
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not is_concrete(value):
+        return
+    number = float(value)
+    wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
+    if not np.isfinite(number) or number < minimum or (exclusive and number == minimum):
+        raise ValueError(f"{name} must be finite and {wanted}, got {number:g}")
+
+
+def check_count(name: str, value: Any, *, minimum: int) -> None:
+    """A Python integer, at least the minimum."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_names(name: str, given: Iterable[str], known: Collection[str]) -> None:
+    """The same names, no more and no fewer."""
+    given = list(given)
+    if set(given) != set(known):
+        raise ValueError(f"{name} must name exactly {sorted(known)}, got {sorted(given)}")
+
+
+def check_params(name: str, params: Any) -> None:
+    """A non-empty pytree of finite floating-point arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(f"{name} is an empty pytree; there is nothing to sample")
+    for path, leaf in leaves:
+        where = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"{where} must be an array, got {type(leaf).__name__}")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"{where} must be floating point, got {leaf.dtype}")
+        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(f"{where} holds values that are not finite")
+
+
+def batch_length(name: str, batch: Any) -> int:
+    """The length of the leading axis that all arrays of a batch share."""
+    lengths: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        where = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip("/")
+        if not hasattr(leaf, "shape") or isinstance(leaf, np.generic):
+            raise TypeError(f"{where} must be an array with a leading sample axis, got {leaf!r:.80}")
+        if leaf.ndim == 0:
+            raise ValueError(f"{where} must have a leading sample axis, got a scalar")
+        lengths[where] = leaf.shape[0]
+    if not lengths:
+        raise ValueError(f"{name} is an empty pytree; it holds no samples")
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{name} must share one leading sample axis, got lengths {lengths}")
+    length = next(iter(lengths.values()))
+    if length == 0:
+        raise ValueError(f"{name} holds no samples")
+    return length
