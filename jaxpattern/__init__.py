@@ -1,6 +1,22 @@
+"""Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
+
+from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.llc import LocalLearningCoefficient, llc
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
-from jaxpattern.restriction import Restriction, by_mask, by_path, by_slice, complement, coordinates, union
+from jaxpattern.response.covariance import covariance
+from jaxpattern.response.result import Response, group_mean
+from jaxpattern.response.susceptibilities import susceptibilities
+from jaxpattern.restriction import (
+    Restriction,
+    by_mask,
+    by_path,
+    by_slice,
+    complement,
+    coordinates,
+    union,
+)
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
-from jaxpattern.sampling import Plan, sample
+from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
+
+__version__ = "0.1.0"

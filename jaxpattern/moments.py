@@ -53,7 +53,7 @@ def update(
         mean_a=moments.mean_a + share * delta_a,
         mean_b=jax.tree.map(lambda mean, d: mean + share * d, moments.mean_b, delta_b),
         comoment=jax.tree.map(
-            lambda c, d: c + _outer(weight * (1 - share) * delta_a, d), moments.comoment, delta_b
+            lambda c, d: c + outer(weight * (1 - share) * delta_a, d), moments.comoment, delta_b
         ),
     )
 
@@ -69,7 +69,7 @@ def merge(left: Moments, right: Moments) -> Moments:
         mean_a=left.mean_a + share * delta_a,
         mean_b=jax.tree.map(lambda mean, d: mean + share * d, left.mean_b, delta_b),
         comoment=jax.tree.map(
-            lambda c1, c2, d: c1 + c2 + _outer(left.count * share * delta_a, d),
+            lambda c1, c2, d: c1 + c2 + outer(left.count * share * delta_a, d),
             left.comoment,
             right.comoment,
             delta_b,
@@ -82,5 +82,6 @@ def finalize(moments: Moments) -> PyTree[Float[Array, "rows *columns"]]:
     return jax.tree.map(lambda c: c / (moments.count - 1), moments.comoment)
 
 
-def _outer(a: Array, b: Array) -> Array:
+def outer(a: Float[Array, " rows"], b: Float[Array, "*columns"]) -> Float[Array, "rows *columns"]:
+    """a ⊗ b."""
     return a.reshape(a.shape + (1,) * b.ndim) * b[None]

@@ -26,7 +26,8 @@ class Response:
         stderr: probe set → standard error of χ, same shape.
         halves: probe set → χ from two disjoint halves of the draws, `[2, K, ...]`.
         batches: probe set → estimates of the probe set's mean χ from the G batches of draws,
-            `[G, K]`. Their spread is the standard error of a group mean.
+            `[G, K]`, NaN for batches of diverged chains. Their spread is the standard error of a
+            group mean.
         mass: probe set → share q of the data that a column stands for. Sums to 1 over all
             columns: a change of the weights ρ shifts μ by nβ Σ_j χ_j q_j (ρ_j − 1).
         nbeta: inverse temperature of the posterior.
@@ -88,7 +89,8 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
         return jnp.sum(values * mass, axis=axes) / totals[name]
 
     def stderr(batches: Array) -> Array:
-        return jnp.std(batches, axis=0, ddof=1) / jnp.sqrt(batches.shape[0])
+        number = jnp.sum(~jnp.isnan(batches), axis=0)
+        return jnp.nanstd(batches, axis=0, ddof=1) / jnp.sqrt(number)
 
     return replace(
         response,

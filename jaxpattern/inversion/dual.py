@@ -1,0 +1,252 @@
+"""The dual of a weighting problem: a smooth convex function of one number a row, and its root.
+
+Weights that stay as close to 1 as a penalty Ω measures, subject to a shift of K rows,
+
+    min_ρ Ω(ρ)  s.t.  Σ_j q_j A_kj (ρ_j − 1) = dμ_k,
+
+are ρ = ∇Ω*(Aᵀν) (per unit of mass), where ν ∈ R^K minimises the dual
+
+    J(ν) = Ω*(Aᵀν) − νᵀ(dμ + A q) + ½ νᵀ T ν,
+
+whatever the number of columns. The diagonal T ≥ 0 relaxes the constraint to a penalty
+½ rᵀ T⁻¹ r on the part r of the shift that is not reached; with T > 0, ν exists and is unique for
+every dμ. Columns only enter through sums over them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxpattern.inversion.spectral import energies, gram, unit_rows, widest
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+_MAX_STEPS = 100
+_MAX_HALVINGS = 40
+
+
+class Link(Protocol):
+    """From the dual field u = Aᵀν to weights: a conjugate Ω* and its derivatives. A pytree."""
+
+    def conjugate(self, field: Array, mass: Array) -> Array:
+        """Ω*(u), a scalar."""
+
+    def weights(self, field: Array, mass: Array) -> Array:
+        """ρ, with ∂Ω*/∂u_j = q_j ρ_j."""
+
+    def hessian(self, matrix: Array, field: Array, mass: Array) -> Array:
+        """A ∇²Ω*(u) Aᵀ."""
+
+
+class Box(NamedTuple):
+    """Ω = ½ Σ_j q_j (ρ_j − 1)² with lower ≤ ρ ≤ upper: ρ = clip(1 + u, lower, upper)."""
+
+    lower: Any
+    upper: Any
+
+    def weights(self, field: Array, mass: Array) -> Array:
+        raw = 1 + field
+        inside = (raw > self.lower) & (raw < self.upper)
+        bound = jnp.where(raw <= self.lower, self.lower, self.upper)
+        return jnp.where(inside, raw, bound).astype(field.dtype)
+
+    def conjugate(self, field: Array, mass: Array) -> Array:
+        weights = self.weights(field, mass)
+        return jnp.sum(mass * (weights * field - (weights - 1) ** 2 / 2))
+
+    def hessian(self, matrix: Array, field: Array, mass: Array) -> Array:
+        raw = 1 + field
+        inside = (raw > self.lower) & (raw < self.upper)
+        return gram(matrix, jnp.where(inside, mass, 0.0))
+
+
+class Entropic(NamedTuple):
+    """Ω = Σ_j q_j ρ_j log ρ_j with Σ_j q_j ρ_j = 1: ρ_j = exp(u_j) / Σ_i q_i exp(u_i)."""
+
+    def weights(self, field: Array, mass: Array) -> Array:
+        return jnp.exp(field - self.conjugate(field, mass))
+
+    def conjugate(self, field: Array, mass: Array) -> Array:
+        return jax.scipy.special.logsumexp(field, b=mass)
+
+    def hessian(self, matrix: Array, field: Array, mass: Array) -> Array:
+        share = mass * self.weights(field, mass)
+        mean = jnp.matmul(matrix, share, precision=_HIGHEST)
+        return gram(matrix - mean[:, None], share)
+
+
+class Problem(NamedTuple):
+    """What J is made of.
+
+    Attributes:
+        link: Ω*.
+        matrix: A.
+        mass: q.
+        shift: dμ.
+        ridge: diagonal of T, positive.
+    """
+
+    link: Any
+    matrix: Float[Array, "rows columns"]
+    mass: Float[Array, " columns"]
+    shift: Float[Array, " rows"]
+    ridge: Float[Array, " rows"]
+
+
+class Iterate(NamedTuple):
+    """A point ν of the Newton iteration, with u = Aᵀν, ∇J and its size."""
+
+    dual: Float[Array, " rows"]
+    field: Float[Array, " columns"]
+    gradient: Float[Array, " rows"]
+    error: Float[Array, ""]
+    step: Int[Array, ""]
+    stalled: Bool[Array, ""]
+
+
+@jax.custom_jvp
+def dual_root(problem: Problem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]:
+    """The minimiser ν of J by damped Newton steps, and whether ∇J vanishes there up to rounding.
+
+    Each step costs one K×K Gram matrix; the line search runs on u and u's direction alone. Rows
+    are brought to unit length where sizes are compared, so their units do not matter.
+    """
+    unit = unit_rows(energies(problem.matrix, problem.mass))
+    eps = float(jnp.finfo(problem.matrix.dtype).eps)
+
+    def iterate(dual: Array, step: Any) -> Iterate:
+        field = _field(problem, dual)
+        gradient = _gradient(dual, problem)
+        error = jnp.max(jnp.abs(unit * gradient))
+        return Iterate(dual, field, gradient, error, jnp.asarray(step), jnp.asarray(False))
+
+    def scale(now: Iterate) -> Array:
+        """The size of the terms that cancel in ∇J."""
+        weights = problem.link.weights(now.field, problem.mass)
+        spread = jnp.sqrt(jnp.sum(problem.mass * (weights - 1) ** 2))
+        return jnp.max(jnp.abs(unit * problem.shift)) + spread
+
+    def rounding(now: Iterate) -> Array:
+        """The change of ∇J when ν changes by its own rounding error."""
+        return eps * jnp.max(jnp.abs(now.dual / unit))
+
+    def unfinished(now: Iterate) -> Array:
+        goal = 4 * eps * scale(now) + rounding(now)
+        return (now.error > goal) & (now.step < _MAX_STEPS) & ~now.stalled
+
+    def newton(now: Iterate) -> Iterate:
+        direction = -_damped_inverse(problem, now.field, unit, now.gradient)
+        length = _line_search(problem, now, direction)
+        new = iterate(now.dual + length * direction, now.step + 1)
+        near = now.error <= jnp.sqrt(eps) * scale(now) + rounding(now)
+        worse = (length == 0) | (near & (new.error > now.error / 2))
+        stalled = worse | ~jnp.isfinite(new.error)
+        best = jax.tree.map(
+            lambda a, b: jnp.where(stalled & ~(new.error < now.error), a, b), now, new
+        )
+        return best._replace(stalled=stalled, step=new.step)
+
+    start = iterate(jnp.zeros_like(problem.shift), 0)
+    final = jax.lax.while_loop(unfinished, newton, start)
+    converged = final.error <= jnp.sqrt(eps) * scale(final) + 8 * rounding(final)
+    return final.dual, converged
+
+
+@dual_root.defjvp
+def _dual_root_jvp(primals: Any, tangents: Any) -> Any:
+    # The root is defined by ∇J(ν; A, q, dμ, T, link) = 0. Its total derivative is
+    # ∇²J dν + ∂∇J = 0, with ∂ at fixed ν, so dν = −(∇²J)⁻¹ ∂∇J: one K×K solve, linear in the
+    # tangents, hence also right when transposed. No step of the iteration is differentiated.
+    (problem,), (direction,) = primals, tangents
+    dual, converged = dual_root(problem)
+    _, explicit = jax.jvp(lambda p: _gradient(dual, p), (problem,), (direction,))
+    field = _field(problem, dual)
+    hessian = problem.link.hessian(problem.matrix, field, problem.mass) + jnp.diag(problem.ridge)
+    tangent = -solve_positive(hessian, explicit)
+    return (dual, converged), (tangent, np.zeros((), dtype=jax.dtypes.float0))
+
+
+def solve_positive(
+    matrix: Float[Array, "rows rows"], vector: Float[Array, " rows"]
+) -> Float[Array, " rows"]:
+    """M⁻¹ v by Cholesky, in the widest float there is, rows scaled to a unit diagonal."""
+    unit = widest(jax.lax.stop_gradient(unit_rows(jnp.diag(matrix))))
+    scaled = unit[:, None] * widest(matrix) * unit[None, :]
+    factor = jax.scipy.linalg.cho_factor(scaled)
+    return (unit * jax.scipy.linalg.cho_solve(factor, unit * widest(vector))).astype(vector.dtype)
+
+
+def _field(problem: Problem, dual: Array) -> Array:
+    """u = Aᵀν."""
+    return jnp.matmul(dual, problem.matrix, precision=_HIGHEST)
+
+
+def _gradient(dual: Array, problem: Problem) -> Array:
+    """∇J = A (q ∘ (ρ − 1)) − dμ + T ν."""
+    weights = problem.link.weights(_field(problem, dual), problem.mass)
+    moved = jnp.matmul(problem.matrix, problem.mass * (weights - 1), precision=_HIGHEST)
+    return moved - problem.shift + problem.ridge * dual
+
+
+def _damped_inverse(problem: Problem, field: Array, unit: Array, gradient: Array) -> Array:
+    """(∇²J)⁻¹ ∇J by eigenvalues, each raised to at least what rounding leaves of it."""
+    hessian = problem.link.hessian(problem.matrix, field, problem.mass)
+    hessian = widest(hessian + jnp.diag(problem.ridge))
+    values, vectors = jnp.linalg.eigh(widest(unit[:, None] * unit[None, :]) * hessian)
+    eps = jnp.finfo(field.dtype).eps
+    values = jnp.maximum(values, jnp.maximum(eps * values[-1], jnp.finfo(field.dtype).tiny))
+    inner = jnp.matmul(vectors.T, widest(unit * gradient), precision=_HIGHEST) / values
+    return unit * jnp.matmul(vectors, inner, precision=_HIGHEST).astype(field.dtype)
+
+
+def _line_search(problem: Problem, now: Iterate, direction: Array) -> Array:
+    """The largest of 1, ½, ¼ … along which J falls; 0 where none is left.
+
+    Where J's fall is below its rounding error, its slope tells: J is convex, so a slope at the
+    end that is not above half the size of the slope at the start means no overshoot.
+    """
+    link, matrix, mass, shift, ridge = problem
+    field_step = jnp.matmul(direction, matrix, precision=_HIGHEST)
+    offset = shift @ direction + jnp.sum(mass * field_step)
+    eps = jnp.finfo(matrix.dtype).eps
+
+    def terms(length: Array) -> tuple[Array, Array, Array]:
+        conjugate = link.conjugate(now.field + length * field_step, mass)
+        quadratic = jnp.sum(ridge * (now.dual + length * direction) ** 2) / 2
+        return conjugate, length * offset, quadratic
+
+    def slope(length: Array) -> Array:
+        weights = link.weights(now.field + length * field_step, mass)
+        dual = now.dual + length * direction
+        return (
+            jnp.sum(mass * (weights - 1) * field_step)
+            - shift @ direction
+            + jnp.sum(ridge * dual * direction)
+        )
+
+    zero = jnp.zeros((), matrix.dtype)
+    start = terms(zero)
+    slope_start = now.gradient @ direction
+
+    def acceptable(length: Array) -> Array:
+        end = terms(length)
+        rise = (end[0] - start[0]) - (end[1] - start[1]) + (end[2] - start[2])
+        size = sum(jnp.abs(a) + jnp.abs(b) for a, b in zip(start, end, strict=True))
+        falls = rise <= 1e-4 * length * slope_start
+        level = (rise <= 8 * eps * size) & (slope(length) <= jnp.abs(slope_start) / 2)
+        return falls | level
+
+    def shorter(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return state[0] / 2, state[1] + 1
+
+    def too_long(state: tuple[Array, Array]) -> Array:
+        return ~acceptable(state[0]) & (state[1] < _MAX_HALVINGS)
+
+    length, halvings = jax.lax.while_loop(
+        too_long, shorter, (zero + 1, jnp.zeros((), jnp.int32))
+    )
+    return jnp.where(halvings < _MAX_HALVINGS, length, 0.0)

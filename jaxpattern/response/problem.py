@@ -1,0 +1,247 @@
+"""What every estimator of χ is given: rows, columns, and the losses at w* they are measured from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxpattern.posterior import Minibatch, Posterior, check_loss, losses_in_chunks
+from jaxpattern.response.result import Response
+from jaxpattern.restriction import Restriction, check_restriction
+from jaxpattern.sampling import Plan, as_pytree_function
+from jaxpattern.types import Batch, Losses, Params, Position
+from jaxpattern.validation import batch_length, is_concrete
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Problem:
+    """Observables φ, probes z, and the reference data whose loss is L in χ_z = −Cov[φ, ℓ_z − L].
+
+    Everything is measured from w*: differences of losses are taken loss by loss before anything is
+    averaged, so that float32 holds. Without observables the one row is the excess loss L − L(w*).
+    """
+
+    observables: tuple[Callable[[Params], Float[Array, ""]], ...] | None
+    offsets: Float[Array, " rows"]
+    probes: dict[str, Batch]
+    probe_baseline: dict[str, Losses]
+    reference: Minibatch
+    reference_baseline: Losses
+    chunk: int | None = field(metadata={"static": True})
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one component."""
+        return self.offsets.shape[0]
+
+    def excess_reference(self, posterior: Posterior, position: Position) -> Float[Array, ""]:
+        """L(w) − L(w*) on the reference data."""
+        losses = losses_in_chunks(
+            posterior.loss_fn, posterior.embed(position), self.reference.batch, self.chunk
+        )
+        weights = self.reference.weights
+        return jnp.sum(weights * (losses - self.reference_baseline)) / weights.shape[0]
+
+    def rows(
+        self, posterior: Posterior, position: Position, excess: Float[Array, ""]
+    ) -> Float[Array, " rows"]:
+        """φ(w) − φ(w*), given L(w) − L(w*)."""
+        if self.observables is None:
+            return excess[None]
+        if not self.observables:
+            return jnp.zeros((0,), excess.dtype)
+        params = posterior.embed(position)
+        values = [jnp.asarray(phi(params), excess.dtype) for phi in self.observables]
+        return jnp.stack(values) - self.offsets
+
+    def columns(
+        self, posterior: Posterior, position: Position, excess: Float[Array, ""]
+    ) -> dict[str, Losses]:
+        """D_z(w) − D_z(w*) with D_z = ℓ_z − L, given L(w) − L(w*)."""
+        params = posterior.embed(position)
+        return {
+            name: losses_in_chunks(posterior.loss_fn, params, batch, self.chunk)
+            - self.probe_baseline[name]
+            - excess
+            for name, batch in self.probes.items()
+        }
+
+    @property
+    def forward_passes(self) -> int:
+        """Samples passed forward in one evaluation; of observables only those that count them."""
+        counted = sum(getattr(phi, "num_samples", 0) for phi in self.observables or ())
+        probes = sum(losses.shape[0] for losses in self.probe_baseline.values())
+        return counted + probes + self.reference_baseline.shape[0]
+
+
+class ComponentGroup(NamedTuple):
+    """Components whose restrictions have one shape and run as one vmapped program."""
+
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    restrictions: Restriction | None
+
+
+class Estimator(Protocol):
+    """Measures χ of a problem for groups of components."""
+
+    def __call__(
+        self,
+        key: Key[Array, ""],
+        posterior: Posterior,
+        sampler: Any,
+        plan: Plan,
+        problem: Problem,
+        groups: list[ComponentGroup],
+        rows: tuple[str, ...],
+        progress: bool,
+    ) -> Response:
+        """The response matrix, rows in the order of `rows`: components, then observables."""
+
+
+def build_problem(
+    posterior: Posterior,
+    observables: Mapping[str, Callable] | None,
+    probes: Mapping[str, Batch],
+    reference: Batch | None,
+    chunk: int | None,
+) -> Problem:
+    """Check rows and columns, and compute the losses at w* once.
+
+    Raises:
+        TypeError, ValueError: they do not fit; see `susceptibilities`.
+    """
+    params = posterior.params
+    if not probes:
+        raise ValueError("probes is empty; χ needs at least one probe set")
+    for name, batch in probes.items():
+        check_like_data(f"probes[{name!r}]", batch, posterior)
+    if reference is None:
+        minibatch = Minibatch(posterior.data, posterior.weights)
+    else:
+        size = check_like_data("reference", reference, posterior)
+        shape, dtype = check_loss(posterior.loss_fn, params, reference, size)
+        minibatch = Minibatch(
+            jax.tree.map(jnp.asarray, reference),
+            jnp.full(shape, size / jnp.size(jnp.zeros(shape)), dtype),
+        )
+    probes = {name: jax.tree.map(jnp.asarray, batch) for name, batch in probes.items()}
+    probe_baseline, reference_baseline = _baseline(
+        posterior.loss_fn, chunk or 256, params, probes, minibatch.batch
+    )
+    for name, losses in probe_baseline.items():
+        if is_concrete(losses) and not bool(jnp.isfinite(losses).all()):
+            bad = jnp.flatnonzero(~jnp.isfinite(losses).reshape(len(losses), -1).all(axis=1))
+            raise ValueError(
+                f"probes[{name!r}] has losses that are not finite at w*, "
+                f"such as samples {[int(i) for i in bad[:5]]}"
+            )
+    functions, offsets = _check_observables(observables, params, minibatch.weights.dtype)
+    return Problem(
+        observables=functions,
+        offsets=offsets,
+        probes=probes,
+        probe_baseline=probe_baseline,
+        reference=minibatch,
+        reference_baseline=reference_baseline,
+        chunk=chunk,
+    )
+
+
+def _check_observables(
+    observables: Mapping[str, Callable] | None, params: Params, dtype: Any
+) -> tuple[tuple[Callable, ...] | None, Float[Array, " rows"]]:
+    if observables is None:
+        return None, jnp.zeros((1,), dtype)
+    for name, phi in observables.items():
+        if not callable(phi):
+            raise TypeError(
+                f"observables[{name!r}] must be a function of params, got {type(phi).__name__}"
+            )
+        out = jax.eval_shape(phi, params)
+        if getattr(out, "shape", None) != ():
+            raise ValueError(
+                f"observables[{name!r}] must return a scalar, got "
+                f"{getattr(out, 'shape', type(out).__name__)}"
+            )
+        if not jnp.issubdtype(out.dtype, jnp.floating):
+            raise TypeError(f"observables[{name!r}] must return a float, got {out.dtype}")
+    functions = tuple(as_pytree_function(phi) for phi in observables.values())
+    offsets = jnp.stack([jnp.asarray(jax.jit(phi)(params), dtype) for phi in functions])
+    if is_concrete(offsets):
+        for name, value in zip(observables, offsets, strict=True):
+            if not bool(jnp.isfinite(value)):
+                raise ValueError(f"observables[{name!r}] is {float(value)} at w*; it must be finite")
+    return functions, offsets
+
+
+def named(name: str, pairs: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary from a mapping or pairs, whose names are strings and used once."""
+    items = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
+    if not all(isinstance(item, tuple) and len(item) == 2 for item in items):
+        raise TypeError(f"{name} must map names to values, got {items!r:.80}")
+    seen: dict[str, Any] = {}
+    for key, value in items:
+        if not isinstance(key, str) or not key:
+            raise TypeError(f"{name} must be named by non-empty strings, got {key!r}")
+        if key in seen:
+            raise ValueError(f"{name} uses the name {key!r} twice")
+        seen[key] = value
+    return seen
+
+
+def check_like_data(name: str, batch: Batch, posterior: Posterior) -> int:
+    """A batch of the structure, trailing shapes and dtypes of the data; returns its length."""
+    size = batch_length(name, batch)
+    spec = partial(jax.tree.map, lambda x: (x.dtype, x.shape[1:]))
+    given, wanted = spec(jax.tree.map(jnp.asarray, batch)), spec(posterior.data)
+    if given != wanted:
+        raise ValueError(f"{name} must be like the data, {wanted} a sample, got {given}")
+    check_loss(posterior.loss_fn, posterior.params, batch, size)
+    return size
+
+
+def component_groups(
+    posterior: Posterior, components: Mapping[str, Restriction] | None
+) -> list[ComponentGroup]:
+    """Components of equal shape together, in order of first appearance."""
+    if components is None:
+        return [ComponentGroup(("",), (0,), None)]
+    if not components:
+        raise ValueError("components is empty; leave it out to sample the posterior as it is")
+    if posterior.restriction is not None:
+        raise ValueError("components need an unrestricted posterior, this one is restricted")
+    members: dict[Any, list[tuple[str, int]]] = {}
+    for index, (name, restriction) in enumerate(components.items()):
+        try:
+            check_restriction(restriction, posterior.params)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"components[{name!r}]: {error}") from error
+        leaves, treedef = jax.tree.flatten(restriction)
+        shape = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        members.setdefault(shape, []).append((name, index))
+    return [
+        ComponentGroup(
+            names=tuple(name for name, _ in group),
+            ids=tuple(index for _, index in group),
+            restrictions=jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *(components[name] for name, _ in group)
+            ),
+        )
+        for group in members.values()
+    ]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _baseline(
+    loss_fn: Any, chunk: int, params: Params, probes: dict[str, Batch], reference: Batch
+) -> tuple[dict[str, Losses], Losses]:
+    losses = partial(losses_in_chunks, loss_fn, params, chunk=chunk)
+    return {name: losses(batch) for name, batch in probes.items()}, losses(reference)

@@ -1,0 +1,87 @@
+"""The driver that measures a response matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jaxtyping import Array, Key
+
+from jaxpattern.posterior import Posterior
+from jaxpattern.response.covariance import covariance
+from jaxpattern.response.problem import Estimator, build_problem, component_groups, named
+from jaxpattern.response.result import Response
+from jaxpattern.restriction import Restriction
+from jaxpattern.sampling import Plan, as_pytree_function, check_run
+from jaxpattern.types import Batch
+
+
+def susceptibilities(
+    key: Key[Array, ""],
+    posterior: Posterior,
+    sampler: Any,
+    plan: Plan,
+    *,
+    probes: Mapping[str, Batch] | Iterable[tuple[str, Batch]],
+    observables: Mapping[str, Callable] | Iterable[tuple[str, Callable]] | None = None,
+    estimator: Estimator | None = None,
+    components: Mapping[str, Restriction] | Iterable[tuple[str, Restriction]] | None = None,
+    reference: Batch | None = None,
+    progress: bool = True,
+) -> Response:
+    """The response matrix χ_z(φ) = −Cov_p[φ, ℓ_z − L], with standard errors.
+
+    Positive: more weight on z raises ⟨φ⟩. To first order, weights ρ on the columns shift it by
+    nβ Σ_z q_z χ_z (ρ_z − 1), q the share of the data that a column stands for.
+
+    Args:
+        key: typed key.
+        posterior: what to sample.
+        sampler: `sgld(...)`, …, or any function of the posterior to a `SamplingAlgorithm`.
+        plan: lengths and numbers.
+        probes: name → batch like the data; every loss in it is one column.
+        observables: name → scalar function of the full weights. None, with components: each
+            component's excess loss L(w) − L(w*).
+        estimator: `covariance(...)`, the default.
+        components: name → `Restriction`; each gets chains of its own with all other weights held
+            at w*, and components of equal shape run as one vmapped program.
+        reference: batch whose mean loss stands for L. None is the posterior's data with their
+            weights: exact, but a pass over all of them a draw.
+        progress: show progress lines. Without them, and with an estimator that allows it, this is
+            a pure function.
+
+    Returns:
+        A `Response` with rows named `observable`, `component`, or `component/observable`.
+
+    Raises:
+        DivergenceError: all chains of a component diverged.
+        TypeError, ValueError: an argument does not fit; said before any sampling.
+
+    References:
+        Baker et al. 2025, arXiv 2504.18274; Wang & Murfet 2026, arXiv 2601.13548.
+    """
+    check_run(key, posterior, sampler, plan)
+    if components is not None:
+        components = named("components", components)
+    if observables is not None:
+        observables = named("observables", observables)
+        if not observables:
+            raise ValueError("observables is empty; leave it out to use the excess loss")
+    elif components is None:
+        raise ValueError("observables must be given where there are no components")
+    if estimator is None:
+        estimator = covariance()
+    if not callable(estimator):
+        raise TypeError(f"estimator must be such as jp.covariance(), got {estimator!r:.80}")
+    groups = component_groups(posterior, components)
+    problem = build_problem(
+        posterior, observables, named("probes", probes), reference, plan.chunk
+    )
+    if components is None:
+        rows = tuple(observables or ())
+    elif observables is None:
+        rows = tuple(components)
+    else:
+        rows = tuple(f"{component}/{phi}" for component in components for phi in observables)
+    sampler = as_pytree_function(sampler)
+    return estimator(key, posterior, sampler, plan, problem, groups, rows, progress)
