@@ -18,5 +18,7 @@ from jaxpattern.restriction import (
 )
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
+from jaxpattern.sweep import Sweep, sweep
+from jaxpattern.training import History, train
 
 __version__ = "0.1.0"

@@ -49,7 +49,7 @@ class LocalLearningCoefficient(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _PairedExcessLoss:
+class PairedExcessLoss:
     """Records L_B(w_t) − L_B(w*) on a fresh mini-batch, the same for both terms."""
 
     def init(self, posterior: Posterior, plan: Plan) -> Float[Array, " draws"]:
@@ -110,7 +110,7 @@ def llc(
     check_run(key, posterior, sampler, plan)
     sampler = as_pytree_function(sampler)
     chains = run_chains(
-        key, posterior, sampler, plan, _PairedExcessLoss(), label="LLC", progress=progress
+        key, posterior, sampler, plan, PairedExcessLoss(), label="LLC", progress=progress
     )
     check_alive(chains.alive, ("",), posterior)
     alive = chains.alive[0]

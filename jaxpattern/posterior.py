@@ -110,7 +110,7 @@ class Posterior:
             ValueError: the shape is not that of the losses, a weight is not finite, or their sum
                 is not positive.
         """
-        return replace(self, weights=_normalise(weights, self.weights.shape, self.weights.dtype))
+        return replace(self, weights=normalise_weights(weights, self.weights.shape, self.weights.dtype))
 
 
 def localized_posterior(
@@ -158,7 +158,7 @@ def localized_posterior(
     return Posterior(
         params=params,
         data=data,
-        weights=_normalise(weights, shape, dtype),
+        weights=normalise_weights(weights, shape, dtype),
         nbeta=jnp.asarray(nbeta, dtype),
         localization=jnp.asarray(localization, dtype),
         restriction=None,
@@ -239,7 +239,7 @@ def _losses_jit(loss_fn: LossFn, params: Params, batch: Batch) -> Losses:
     return losses_in_chunks(loss_fn, params, batch, 64)
 
 
-def _normalise(
+def normalise_weights(
     weights: Array | None, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Float[Array, "samples *tokens"]:
     """ρ scaled to sum N."""
