@@ -1,6 +1,18 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
 from jaxpattern.diagnostics import Summary, summarize
+from jaxpattern.inversion import (
+    Intervention,
+    InversionMethod,
+    Solution,
+    UnreachableTarget,
+    box,
+    entropic,
+    least_norm,
+    ridge,
+    solve_weights,
+    truncated,
+)
 from jaxpattern.llc import LocalLearningCoefficient, llc
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict

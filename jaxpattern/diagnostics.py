@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from blackjax.diagnostics import effective_sample_size, rhat
 from jaxtyping import Array, Bool, Float
 
-from jaxpattern.validation import is_concrete
+from jaxpattern.validation import check_count, is_concrete
 
 
 class Summary(NamedTuple):
@@ -33,9 +33,17 @@ def summarize(
     The standard error is s/√G, with s the standard deviation of the G = chains × `num_batches`
     batch means. Chains that are not `alive` are left out. R-hat needs four draws, and is NaN below.
 
+    Raises:
+        ValueError: the trace is not `[chains, draws]`, or has fewer draws than batches.
+
     References:
         Vehtari et al. 2021; Geyer 1992.
     """
+    if jnp.ndim(trace) != 2:
+        raise ValueError(f"trace must be [chains, draws], got shape {list(jnp.shape(trace))}")
+    check_count("num_batches", num_batches, minimum=1)
+    if num_batches > trace.shape[1]:
+        raise ValueError(f"num_batches must be at most {trace.shape[1]} draws, got {num_batches}")
     if alive is None:
         alive = jnp.ones(trace.shape[0], bool)
     if is_concrete(alive):

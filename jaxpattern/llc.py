@@ -48,7 +48,7 @@ class LocalLearningCoefficient(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PairedExcessLoss:
     """Records L_B(w_t) − L_B(w*) on a fresh mini-batch, the same for both terms."""
 

@@ -6,28 +6,26 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxpattern.posterior import losses_in_chunks
-from jaxpattern.types import Batch, LossFn, Params
-from jaxpattern.validation import batch_length
+from jaxpattern.types import Batch, Losses, LossFn, Params
+from jaxpattern.validation import batch_length, check_count, check_function, check_hashable
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeanLoss:
     """φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a fixed batch. A pytree, so the batch is never baked in."""
 
     batch: Batch
-    weights: Array | None
+    weights: Array | np.ndarray | None
     loss_fn: LossFn = field(metadata={"static": True})
     chunk: int | None = field(metadata={"static": True})
 
     def __call__(self, params: Params) -> Float[Array, ""]:
-        losses = losses_in_chunks(self.loss_fn, params, self.batch, self.chunk)
-        if self.weights is None:
-            return jnp.mean(losses)
-        return jnp.sum(self.weights * losses) / jnp.sum(self.weights)
+        return _mean(losses_in_chunks(self.loss_fn, params, self.batch, self.chunk), self.weights)
 
     @property
     def num_samples(self) -> int:
@@ -39,7 +37,7 @@ def mean_loss(
     loss_fn: LossFn,
     batch: Batch,
     *,
-    weights: Shaped[Array, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
     chunk: int | None = None,
 ) -> MeanLoss:
     """The observable φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a batch.
@@ -51,14 +49,20 @@ def mean_loss(
         chunk: samples evaluated at a time, where memory is short.
 
     Raises:
-        ValueError: the batch is empty or ragged.
+        TypeError: `loss_fn` is not a function of two arguments.
+        ValueError: the batch is empty or ragged; (when it meets the parameters) the loss is
+            reduced, or the weights do not have the shape of the losses.
     """
+    check_function("loss_fn", loss_fn, "a function of (params, batch)", num_arguments=2)
+    check_hashable("loss_fn", loss_fn)
     batch_length("batch", batch)
+    if chunk is not None:
+        check_count("chunk", chunk, minimum=1)
     return MeanLoss(batch=batch, weights=weights, loss_fn=loss_fn, chunk=chunk)
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExcessLoss:
     """φ(w) = L(w) − L(w*) over a fixed batch, differences taken loss by loss."""
 
@@ -68,8 +72,7 @@ class ExcessLoss:
     def __call__(self, params: Params) -> Float[Array, ""]:
         mean = self.mean
         losses = losses_in_chunks(mean.loss_fn, params, mean.batch, mean.chunk) - self.reference
-        weights = jnp.ones_like(losses) if mean.weights is None else mean.weights
-        return jnp.sum(weights * losses) / jnp.sum(weights)
+        return _mean(losses, mean.weights)
 
     @property
     def num_samples(self) -> int:
@@ -82,7 +85,7 @@ def excess_loss(
     batch: Batch,
     params: Params,
     *,
-    weights: Shaped[Array, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
     chunk: int | None = None,
 ) -> ExcessLoss:
     """The observable φ(w) = L(w) − L(w*), the standard one of a component.
@@ -96,3 +99,15 @@ def excess_loss(
     """
     mean = mean_loss(loss_fn, batch, weights=weights, chunk=chunk)
     return ExcessLoss(mean=mean, reference=losses_in_chunks(loss_fn, params, batch, chunk))
+
+
+def _mean(losses: Losses, weights: Array | np.ndarray | None) -> Float[Array, ""]:
+    """Σ ρ ℓ / Σ ρ."""
+    if weights is None:
+        return jnp.mean(losses)
+    if jnp.shape(weights) != losses.shape:
+        raise ValueError(
+            f"weights must have the shape of the losses, {list(losses.shape)}, "
+            f"got {list(jnp.shape(weights))}"
+        )
+    return jnp.sum(weights * losses) / jnp.sum(weights)

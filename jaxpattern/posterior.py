@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.types import Batch, LossFn, Losses, Params, Position
-from jaxpattern.validation import batch_length, check_number, check_params, is_concrete
+from jaxpattern.validation import (
+    batch_length,
+    check_function,
+    check_hashable,
+    check_number,
+    check_params,
+    is_concrete,
+)
 
 _CHECKED_SAMPLES = 1024
 
@@ -26,7 +34,7 @@ class Minibatch(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Posterior:
     """p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²), with L(w) = Σ_j ρ_j ℓ_j(w) / Σ_j ρ_j.
 
@@ -103,7 +111,7 @@ class Posterior:
             jnp.add, squared
         )
 
-    def reweight(self, weights: Shaped[Array, "samples *tokens"] | None) -> Posterior:
+    def reweight(self, weights: Shaped[Array | np.ndarray, "samples *tokens"] | None) -> Posterior:
         """The posterior of the same data under weights ρ, of the shape of the losses.
 
         Raises:
@@ -118,9 +126,9 @@ def localized_posterior(
     params: Params,
     data: Batch,
     *,
-    nbeta: float | Float[Array, ""],
-    localization: float | Float[Array, ""],
-    weights: Shaped[Array, "samples *tokens"] | None = None,
+    nbeta: float | int | Float[Array, ""],
+    localization: float | int | Float[Array, ""],
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
 ) -> Posterior:
     """The posterior p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²) around trained weights w*.
 
@@ -146,13 +154,13 @@ def localized_posterior(
     References:
         Lau et al. 2023, arXiv 2308.12108, eq. 16; Baker et al. 2025, arXiv 2504.18274.
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn!r}")
+    check_function("loss_fn", loss_fn, "a function of (params, batch)", num_arguments=2)
+    check_hashable("loss_fn", loss_fn)
     check_params("params", params)
     num_samples = batch_length("data", data)
     check_number("nbeta", nbeta, minimum=0.0, exclusive=True)
     check_number("localization", localization, minimum=0.0)
-    data = jax.tree.map(jnp.asarray, data)
+    params, data = jax.tree.map(jnp.asarray, (params, data))
     shape, dtype = check_loss(loss_fn, params, data, num_samples)
     check_finite_losses(loss_fn, params, data, num_samples)
     return Posterior(
@@ -170,10 +178,14 @@ def restrict(posterior: Posterior, restriction: Restriction) -> Posterior:
     """The posterior of one component, all other weights held at w*.
 
     Raises:
-        TypeError: `restriction` is not a `Restriction`.
+        TypeError: `restriction` is not a `Restriction`, or what it selects is not floating point.
         ValueError: the posterior is restricted already, or the restriction selects nothing, or
             putting back what it selects does not give the same weights.
     """
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"posterior must come from localized_posterior, got {type(posterior).__name__}"
+        )
     if posterior.restriction is not None:
         raise ValueError(
             "posterior is restricted already; restrict the full posterior, "
@@ -187,16 +199,22 @@ def losses_in_chunks(
     loss_fn: LossFn, params: Params, batch: Batch, chunk: int | None
 ) -> Losses:
     """ℓ_z(w) of a batch, `chunk` samples at a time: memory O(chunk), one compiled loop."""
+
+    def evaluate(piece: Batch, size: int) -> Losses:
+        losses = loss_fn(params, piece)
+        _check_losses(losses, size, "loss_fn")
+        return _widen(losses)
+
     size = batch_length("batch", batch)
     if chunk is None or chunk >= size:
-        return _widen(loss_fn(params, batch))
+        return evaluate(batch, size)
     whole = size // chunk * chunk
     head = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), batch)
-    losses = jax.lax.map(lambda piece: _widen(loss_fn(params, piece)), head)
+    losses = jax.lax.map(lambda piece: evaluate(piece, chunk), head)
     losses = losses.reshape(whole, *losses.shape[2:])
     if whole == size:
         return losses
-    rest = _widen(loss_fn(params, jax.tree.map(lambda x: x[whole:], batch)))
+    rest = evaluate(jax.tree.map(lambda x: x[whole:], batch), size - whole)
     return jnp.concatenate([losses, rest])
 
 
@@ -205,18 +223,22 @@ def check_loss(
 ) -> tuple[tuple[int, ...], jnp.dtype]:
     """Shape and (widened) dtype of the losses of a batch, without computing them."""
     out = jax.eval_shape(loss_fn, params, batch)
+    _check_losses(out, num_samples, name)
+    return out.shape, jnp.promote_types(out.dtype, jnp.float32)
+
+
+def _check_losses(out: Any, num_samples: int, name: str) -> None:
     if not hasattr(out, "shape"):
-        raise TypeError(f"{name} must return one array of losses, got a {type(out).__name__}")
+        raise TypeError(f"{name} must return one array of losses, got {type(out).__name__}")
     if out.ndim == 0:
         raise ValueError(f"{name} must return one loss a sample, [B] or [B, T]; it reduced to a scalar")
-    if out.shape[0] != num_samples or out.ndim > 2:
+    if out.shape[0] != num_samples or out.ndim > 2 or 0 in out.shape:
         raise ValueError(
             f"{name} must return losses of shape [B] or [B, T] with B = {num_samples}, "
             f"got {list(out.shape)}"
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"{name} must return floating-point losses, got {out.dtype}")
-    return out.shape, jnp.promote_types(out.dtype, jnp.float32)
 
 
 def check_finite_losses(loss_fn: LossFn, params: Params, batch: Batch, num_samples: int) -> None:
@@ -240,11 +262,14 @@ def _losses_jit(loss_fn: LossFn, params: Params, batch: Batch) -> Losses:
 
 
 def normalise_weights(
-    weights: Array | None, shape: tuple[int, ...], dtype: jnp.dtype
+    weights: Array | np.ndarray | None, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Float[Array, "samples *tokens"]:
     """ρ scaled to sum N."""
     if weights is None:
         return jnp.full(shape, shape[0] / math.prod(shape), dtype)
+    kind = weights.dtype if hasattr(weights, "dtype") else np.asarray(weights).dtype
+    if not any(jnp.issubdtype(kind, real) for real in (jnp.floating, jnp.integer, bool)):
+        raise TypeError(f"weights must be real numbers, got {kind}")
     weights = jnp.asarray(weights, dtype)
     if weights.shape != shape:
         raise ValueError(

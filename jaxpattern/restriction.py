@@ -23,7 +23,7 @@ from jaxpattern.validation import is_concrete
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Restriction:
     """A lens on the parameter tree: `select(params) → position`, `embed(position, params) → params`.
 
@@ -65,7 +65,7 @@ class _PathSelect:
     def __call__(self, params: Params) -> Position:
         leaves = _by_name(params)
         for pattern in self.patterns:
-            if not fnmatch.filter(leaves, pattern):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in leaves):
                 raise ValueError(f"no parameter matches {pattern!r}; there are {sorted(leaves)}")
         return {
             name: leaf
@@ -74,7 +74,9 @@ class _PathSelect:
         }
 
 
-def by_slice(slices: Mapping[str, tuple[int, int | Sequence[int] | Array]]) -> Restriction:
+def by_slice(
+    slices: Mapping[str, tuple[int, int | np.integer | Sequence[int] | np.ndarray | Array]],
+) -> Restriction:
     """Slices of an axis of some arrays: `{path: (axis, index)}`, index an integer or several.
 
     An attention head is the same index of the head axis of its query, key, value and output
@@ -82,13 +84,26 @@ def by_slice(slices: Mapping[str, tuple[int, int | Sequence[int] | Array]]) -> R
     of the restriction, so heads of equal shape stack and vmap.
 
     Raises:
+        TypeError: not a mapping to pairs of integers.
         ValueError: nothing is named, an index is named twice, or (when it meets the parameters) a
             path, axis or index does not exist.
     """
+    if not isinstance(slices, Mapping):
+        raise TypeError(f"slices must map paths to (axis, index), got {type(slices).__name__}")
     if not slices:
         raise ValueError("slices is empty; it must name at least one array")
-    axes = {name: axis for name, (axis, _) in slices.items()}
-    indices = {name: jnp.asarray(index, jnp.int32) for name, (_, index) in slices.items()}
+    axes: dict[str, int] = {}
+    indices: dict[str, Array] = {}
+    for name, pair in slices.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"slices[{name!r}] must be (axis, index), got {pair!r:.80}")
+        axis, index = pair
+        if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+            raise TypeError(f"slices[{name!r}]: axis must be an integer, got {axis!r:.80}")
+        numbers = index if isinstance(index, jax.Array) else np.asarray(index)
+        if numbers.size and not jnp.issubdtype(numbers.dtype, jnp.integer):
+            raise TypeError(f"slices[{name!r}]: index must be integers, got {numbers.dtype}")
+        axes[name], indices[name] = int(axis), jnp.asarray(numbers, jnp.int32)
     for name, index in indices.items():
         if index.size == 0:
             raise ValueError(f"slices[{name!r}] selects nothing")
@@ -107,7 +122,7 @@ class _SliceSelect:
         for name, axis in self.axes:
             _check_slice(leaves, name, axis, indices[name])
         return {
-            name: jnp.take(leaves[name], indices[name], axis=axis, mode="clip")
+            name: jnp.take(leaves[name], indices[name], axis=axis, mode="fill")
             for name, axis in self.axes
         }
 
@@ -121,13 +136,13 @@ class _SliceEmbed:
         updated = {
             name: leaves[name]
             .at[(slice(None),) * (axis % leaves[name].ndim) + (indices[name],)]
-            .set(position[name], mode="promise_in_bounds", unique_indices=True)
+            .set(position[name], mode="drop", unique_indices=True)
             for name, axis in self.axes
         }
         return _replace(updated, params)
 
 
-def by_mask(mask: PyTree[Bool[Array, "..."] | bool]) -> Restriction:
+def by_mask(mask: PyTree[Bool[Array | np.ndarray, "..."] | bool | np.bool_]) -> Restriction:
     """The weights at which a boolean mask, a tree of the structure of the parameters, is true.
 
     Raises:
@@ -181,6 +196,7 @@ def union(params: Params, *restrictions: Restriction) -> Restriction:
     """The weights that any of the restrictions selects.
 
     Raises:
+        TypeError: one of them is not a `Restriction`.
         ValueError: two of them overlap; a weight would be counted twice.
     """
     if not restrictions:
@@ -209,11 +225,15 @@ def coordinates(restriction: Restriction, params: Params) -> PyTree[Bool[np.ndar
     """The boolean mask, a tree like the parameters, of the weights a restriction selects.
 
     Raises:
+        TypeError: it is not a `Restriction`.
         ValueError: the restriction is not a choice of coordinates (it mixes or repeats them).
     """
+    _check_type(restriction)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
     ones = jax.tree.map(jnp.ones_like, restriction.select(zeros))
-    mask = jax.tree.map(lambda leaf: np.asarray(leaf) != 0, restriction.embed(ones, zeros))
+    # A comparison of scalars is no array.
+    written = restriction.embed(ones, zeros)
+    mask = jax.tree.map(lambda leaf: np.asarray(np.asarray(leaf) != 0), written)
     selected = sum(int(leaf.sum()) for leaf in jax.tree.leaves(mask))
     size = sum(leaf.size for leaf in jax.tree.leaves(ones))
     if selected != size:
@@ -226,9 +246,13 @@ def coordinates(restriction: Restriction, params: Params) -> PyTree[Bool[np.ndar
 
 def check_restriction(restriction: Any, params: Params) -> None:
     """A lens that selects something and puts it back where it was."""
-    if not isinstance(restriction, Restriction):
-        raise TypeError(f"restriction must be a Restriction, got {type(restriction).__name__}")
+    _check_type(restriction)
     position = restriction.select(params)
+    for leaf in jax.tree.leaves(position):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"restriction must select floating-point weights, got {jnp.result_type(leaf)}"
+            )
     if sum(jnp.size(leaf) for leaf in jax.tree.leaves(position)) == 0:
         raise ValueError("restriction selects nothing")
     back = restriction.embed(position, params)
@@ -245,6 +269,16 @@ def check_restriction(restriction: Any, params: Params) -> None:
             )
         if is_concrete(new) and not bool(jnp.array_equal(new, old)):
             raise ValueError(f"restriction.embed(select(params), params) changes {name}")
+
+
+def _check_type(restriction: Any) -> None:
+    if not isinstance(restriction, Restriction):
+        raise TypeError(f"restriction must be a Restriction, got {type(restriction).__name__}")
+    for name in ("select", "embed"):
+        if not callable(getattr(restriction, name)):
+            raise TypeError(
+                f"restriction.{name} must be a function, got {getattr(restriction, name)!r:.80}"
+            )
 
 
 def _check_slice(leaves: dict[str, Array], name: str, axis: int, index: Array) -> None:
@@ -264,8 +298,13 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _by_name(tree: Any) -> dict[str, Array]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if _name(path) in leaves:
+            raise ValueError(f"two parameters are called {_name(path)!r}; rename one of them")
+        leaves[_name(path)] = leaf
+    return leaves
 
 
 def _replace(position: Position, params: Params) -> Params:

@@ -20,10 +20,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from tqdm import tqdm
@@ -31,7 +32,14 @@ from tqdm import tqdm
 from jaxpattern.posterior import Posterior, losses_in_chunks
 from jaxpattern.restriction import Restriction
 from jaxpattern.types import Params, Position
-from jaxpattern.validation import check_count, check_key, is_concrete
+from jaxpattern.validation import (
+    check_count,
+    check_function,
+    check_hashable,
+    check_key,
+    check_number,
+    is_concrete,
+)
 
 _PROGRESS_CHUNKS = 50
 _WANTED_BATCHES = 20
@@ -96,6 +104,7 @@ class DivergenceError(FloatingPointError):
     """All chains of a component turned non-finite."""
 
 
+@runtime_checkable
 class Recorder(Protocol):
     """What is kept of a chain. A pytree, so that its arrays pass through `jit` as arguments."""
 
@@ -138,8 +147,9 @@ def build_kernel(posterior: Posterior, sampler: Any, plan: Plan) -> Kernel:
     """The kernel of a sampler on a posterior, with mini-batches drawn inside its steps.
 
     Raises:
-        TypeError: the sampler does not return a blackjax `SamplingAlgorithm`, or its step takes
-            neither (key, state) nor (key, state, minibatch).
+        TypeError: the sampler does not return a blackjax `SamplingAlgorithm`, its step takes
+            neither (key, state) nor (key, state, minibatch), or (when it is traced) the step does
+            not return a state like the one it was given.
     """
     algorithm = sampler(posterior)
     if not (hasattr(algorithm, "init") and hasattr(algorithm, "step")):
@@ -151,16 +161,22 @@ def build_kernel(posterior: Posterior, sampler: Any, plan: Plan) -> Kernel:
         parameter
         for parameter in inspect.signature(algorithm.step).parameters.values()
         if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
 
     def full_data_step(key: Key[Array, ""], state: Any) -> Any:
-        return algorithm.step(key, state)[0]
+        out = algorithm.step(key, state)
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(
+                "the sampler's step(key, state) must return (state, info), "
+                f"got {type(out).__name__}"
+            )
+        return _like(out[0], state)
 
     def minibatch_step(key: Key[Array, ""], state: Any) -> Any:
         batch_key, step_key = jax.random.split(key)
         minibatch = posterior.minibatch(batch_key, plan.batch_size)
-        return algorithm.step(step_key, state, minibatch)  # type: ignore[call-arg]
+        return _like(algorithm.step(step_key, state, minibatch), state)
 
     if len(required) not in (2, 3):
         raise TypeError(
@@ -172,6 +188,20 @@ def build_kernel(posterior: Posterior, sampler: Any, plan: Plan) -> Kernel:
         step=full_data_step if len(required) == 2 else minibatch_step,
         position=lambda state: getattr(state, "position", state),
     )
+
+
+def _like(new: PyTree[Array], old: PyTree[Array]) -> PyTree[Array]:
+    """The new state, if it has the structure, shapes and dtypes of the old one."""
+    specs = [
+        jax.tree.map(lambda x: (jnp.result_type(x).name, jnp.shape(x)), state)
+        for state in (old, new)
+    ]
+    if specs[0] != specs[1]:
+        raise TypeError(
+            "the sampler's step must return a state like the one it was given, "
+            f"{specs[0]}, got {specs[1]}"
+        )
+    return new
 
 
 @dataclass(frozen=True)
@@ -384,49 +414,60 @@ def check_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> None:
         )
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
-    if not callable(sampler):
-        raise TypeError(
-            f"sampler must be a function Posterior -> SamplingAlgorithm, got {type(sampler).__name__}"
-        )
+    check_number("posterior.nbeta", posterior.nbeta, minimum=0.0, exclusive=True)
+    check_number("posterior.localization", posterior.localization, minimum=0.0)
+    wanted = "a function Posterior -> SamplingAlgorithm, such as jp.sgld(step_size=1e-3)"
+    check_function("sampler", sampler, wanted, num_arguments=1)
     if plan.batch_size is not None and plan.batch_size > posterior.num_samples:
         raise ValueError(
             f"plan.batch_size must be at most the {posterior.num_samples} samples of data, "
             f"got {plan.batch_size}"
         )
-    jax.eval_shape(lambda p: build_kernel(p, sampler, plan).init(p.centre, key), posterior)
+
+    def start(posterior: Posterior) -> tuple[Position, Position]:
+        kernel = build_kernel(posterior, sampler, plan)
+        return posterior.centre, kernel.position(kernel.init(posterior.centre, key))
+
+    centre, position = jax.eval_shape(start, posterior)
+    if jax.tree.structure(centre) != jax.tree.structure(position):
+        raise TypeError(
+            "the state of the sampler must be the position, or have it as `position`; "
+            f"wanted {jax.tree.structure(centre)}, got {jax.tree.structure(position)}"
+        )
 
 
 def as_pytree_function(function: Callable) -> Callable:
     """A function as a pytree, so that it passes through `jit` as an argument."""
     leaves = jax.tree.leaves(function)
-    return Partial(function) if len(leaves) == 1 and leaves[0] is function else function
+    if len(leaves) != 1 or leaves[0] is not function:
+        return function
+    check_hashable(getattr(function, "__name__", type(function).__name__), function)
+    return Partial(function)
 
 
 def write_draw(
     trace: Array, value: Array, *, draw: Int[Array, ""], alive: Bool[Array, ""]
 ) -> Array:
     """The trace with one draw written; NaN where the chain is lost."""
-    if jnp.issubdtype(trace.dtype, jnp.floating):
-        value = jnp.where(alive, value, jnp.nan)
-    return trace.at[draw].set(value)
+    return trace.at[draw].set(jnp.where(alive, value, jnp.nan))
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Trace:
     """Records every draw of `observe(params)`."""
 
     observe: Callable[[Params], PyTree[Array]]
 
     def init(self, posterior: Posterior, plan: Plan) -> PyTree[Array]:
-        shapes = jax.eval_shape(lambda p: self.observe(p.embed(p.centre)), posterior)
+        shapes = jax.eval_shape(lambda p: _arrays(self.observe(p.embed(p.centre))), posterior)
         return jax.tree.map(lambda s: jnp.zeros((plan.num_draws, *s.shape), s.dtype), shapes)
 
     def value(
         self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
     ) -> PyTree[Array]:
         del key, plan
-        return jax.tree.map(jnp.asarray, self.observe(posterior.embed(position)))
+        return _arrays(self.observe(posterior.embed(position)))
 
     def update(
         self,
@@ -438,6 +479,27 @@ class _Trace:
     ) -> PyTree[Array]:
         del plan
         return jax.tree.map(partial(write_draw, draw=draw, alive=alive), accumulator, value)
+
+
+def _arrays(values: PyTree[Any]) -> PyTree[Array]:
+    """What `observe` returns, as arrays."""
+    for leaf in jax.tree.leaves(values):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            raise TypeError(f"observe must return arrays, got {type(leaf).__name__}")
+    return jax.tree.map(jnp.asarray, values)
+
+
+def _check_trace(shapes: PyTree[Any]) -> None:
+    """Something to record, in which NaN can mark a lost chain."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    if not leaves:
+        raise ValueError("observe returned an empty pytree; there is nothing to record")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"observe{jax.tree_util.keystr(path)} must return floating point, so that NaN can "
+                f"mark draws of a lost chain, got {leaf.dtype}; convert it"
+            )
 
 
 def sample(
@@ -456,7 +518,7 @@ def sample(
         posterior: what to sample.
         sampler: `sgld(...)`, …, or any function of the posterior to a `SamplingAlgorithm`.
         plan: lengths and numbers.
-        observe: pure function of the full weights that returns a pytree of arrays.
+        observe: pure function of the full weights that returns a pytree of floating-point arrays.
         progress: show a progress line. Without it the whole run is one pure function.
 
     Returns:
@@ -468,9 +530,9 @@ def sample(
         TypeError, ValueError: an argument does not fit.
     """
     check_run(key, posterior, sampler, plan)
-    if not callable(observe):
-        raise TypeError(f"observe must be a function of params, got {type(observe).__name__}")
+    check_function("observe", observe, "a function of params", num_arguments=1)
     recorder = _Trace(as_pytree_function(observe))
+    _check_trace(jax.eval_shape(lambda p: _arrays(observe(p.embed(p.centre))), posterior))
     chains = run_chains(
         key, posterior, as_pytree_function(sampler), plan, recorder, progress=progress
     )

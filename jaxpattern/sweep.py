@@ -72,7 +72,7 @@ class _Reading(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Health:
     """Records the paired excess loss, the user's check, and both sides of Stein's identity."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -26,8 +27,12 @@ def check_key(key: Any) -> None:
 
 def check_number(name: str, value: Any, *, minimum: float, exclusive: bool = False) -> None:
     """A real scalar, at least (or above) the minimum, and finite."""
-    if isinstance(value, str | bytes) or jnp.ndim(value) != 0:
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    known = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+    if not known or isinstance(value, bool) or np.ndim(value) != 0:
+        raise TypeError(f"{name} must be a number, got {value!r:.80}")
+    kind = getattr(value, "dtype", jnp.float32)
+    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        raise TypeError(f"{name} must be a real number, got {kind}")
     if not is_concrete(value):
         return
     number = float(value)
@@ -42,6 +47,32 @@ def check_count(name: str, value: Any, *, minimum: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_function(name: str, value: Any, wanted: str, *, num_arguments: int) -> None:
+    """Something callable with that many positional arguments."""
+    if not callable(value):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*[None] * num_arguments)
+    except TypeError as error:
+        given = getattr(value, "__name__", type(value).__name__)
+        raise TypeError(f"{name} must be {wanted}, got {given}{signature}: {error}") from None
+
+
+def check_hashable(name: str, value: Any) -> None:
+    """Usable as a key of the compilation cache."""
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be hashable, got an unhashable {type(value).__name__}: "
+            "wrap it in a function, or register it as a pytree where it takes part as one"
+        ) from None
 
 
 def check_names(name: str, given: Iterable[str], known: Collection[str]) -> None:
@@ -75,6 +106,8 @@ def batch_length(name: str, batch: Any) -> int:
             raise TypeError(f"{where} must be an array with a leading sample axis, got {leaf!r:.80}")
         if leaf.ndim == 0:
             raise ValueError(f"{where} must have a leading sample axis, got a scalar")
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
+            raise TypeError(f"{where} must hold numbers, got dtype {leaf.dtype}")
         lengths[where] = leaf.shape[0]
     if not lengths:
         raise ValueError(f"{name} is an empty pytree; it holds no samples")

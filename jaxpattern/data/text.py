@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from jaxpattern.validation import check_count, check_number
 
@@ -28,7 +28,13 @@ SOURCES = ("library", "tests", "docstrings", "reference", "headers", "licences")
 Item = TypeVar("Item")
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
-_NOT_LIBRARY = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
+_NOT_LIBRARY = {
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+}
 
 
 def python_corpus(
@@ -125,7 +131,7 @@ def split_by_file(
     Raises:
         ValueError: if there are no documents, or a single one with fewer than two bytes.
     """
-    check_number("held_out", held_out, minimum=0, exclusive=True)
+    check_number("held_out", held_out, minimum=0.0, exclusive=True)
     if held_out >= 1:
         raise ValueError(f"held_out must be below 1, got {held_out:g}")
     check_count("seed", seed, minimum=0)
@@ -176,14 +182,17 @@ def windows(
     offsets = rng.integers(0, sizes % length + 1)
     first = np.cumsum(sizes) - sizes
     starts = np.concatenate(
-        [f + o + length * np.arange(n // length) for f, o, n in zip(first, offsets, sizes)]
+        [
+            f + o + length * np.arange(n // length)
+            for f, o, n in zip(first, offsets, sizes, strict=True)
+        ]
     )
     chosen = rng.choice(starts, count, replace=False)
     tokens = np.frombuffer(b"".join(fitting), np.uint8)
     return tokens[chosen[:, None] + np.arange(length)].astype(np.int32)
 
 
-def fingerprint(tokens: Shaped[np.ndarray, "..."]) -> str:
+def fingerprint(tokens: Shaped[Array, "..."] | Shaped[np.ndarray, "..."]) -> str:
     """SHA-256 of an array's type, shape and content, to record which data were used."""
     array = np.ascontiguousarray(tokens)
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -193,6 +202,7 @@ def fingerprint(tokens: Shaped[np.ndarray, "..."]) -> str:
 
 
 def _shuffled(items: Iterable[Item], seed: int) -> list[Item]:
+    """The items in a random order that the seed fixes."""
     listed = list(items)
     return [listed[i] for i in np.random.default_rng(seed).permutation(len(listed))]
 
@@ -234,7 +244,10 @@ def _take_split(paths: Iterable[Path], max_bytes: int) -> tuple[list[bytes], lis
             continue
         code.append(parts[0])
         docstrings.append(parts[1])
-        code_bytes, docstring_bytes = code_bytes + len(parts[0]), docstring_bytes + len(parts[1])
+        code_bytes, docstring_bytes = (
+            code_bytes + len(parts[0]),
+            docstring_bytes + len(parts[1]),
+        )
     return _take(code, max_bytes), _take(docstrings, max_bytes)
 
 
@@ -256,6 +269,8 @@ def _split_docstrings(source: bytes) -> tuple[bytes, bytes] | None:
             continue
         texts.append(text)
         statement = node.body[0]
+        if statement.lineno == getattr(node, "lineno", 0):
+            continue  # on the line of its `def`, which stays
         for line in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
             lines[line] = b""
     return b"".join(lines), "\n\n".join(texts).encode("utf-8", "replace")
@@ -271,11 +286,13 @@ def _walk(root: Path, skip: frozenset[str] | set[str] = frozenset()) -> Iterator
 
 
 def _library_files() -> Iterator[Path]:
+    """Python files of the standard library, without its tests and its tables of encodings."""
     root = Path(sysconfig.get_path("stdlib"))
     return (p for p in _walk(root, _NOT_LIBRARY | _TEST_FOLDERS) if p.suffix == ".py")
 
 
 def _test_files() -> Iterator[Path]:
+    """Python files in the test folders of the standard library; some systems leave them out."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in _walk(root, _NOT_LIBRARY):
         if path.suffix == ".py" and _TEST_FOLDERS & set(path.relative_to(root).parts):
@@ -283,6 +300,7 @@ def _test_files() -> Iterator[Path]:
 
 
 def _reference_topics() -> list[bytes]:
+    """The topics that `help()` knows, sorted by name."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -291,6 +309,7 @@ def _reference_topics() -> list[bytes]:
 
 
 def _header_files() -> Iterator[Path]:
+    """C headers of Python, where they are installed, and of numpy and jaxlib."""
     roots = [Path(sysconfig.get_path("include"))]
     for package in ("numpy", "jaxlib"):
         spec = importlib.util.find_spec(package)
@@ -299,6 +318,7 @@ def _header_files() -> Iterator[Path]:
 
 
 def _licence_files() -> Iterator[Path]:
+    """Licence texts of Python and of the packages beside it."""
     library = Path(sysconfig.get_path("stdlib"))
     yield from (path for path in (library / "LICENSE.txt", library / "LICENSE") if path.is_file())
     for root in dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")):

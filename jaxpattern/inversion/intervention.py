@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -151,13 +151,15 @@ def _solve(
     mass = jnp.concatenate([columns[name][1].reshape(-1) for name in names]).astype(nbeta.dtype)
 
     matrix = nbeta * _flatten(chi, constrained, nbeta.dtype)
-    noise = sum(
-        jnp.sum(columns[name][1] * _select(nbeta * stderr[name], constrained) ** 2, axis=axes)
+    noise = _total(
+        jnp.sum(
+            columns[name][1][None] * (nbeta * _select(stderr[name], constrained)) ** 2,
+            axis=tuple(range(1, stderr[name].ndim)),
+        )
         for name in names
-        for axes in [tuple(range(1, stderr[name].ndim))]
     )
     solution = method(matrix, mass, shift, noise)
-    change = scale * (solution.weights - 1)
+    change = scale * solution.change
     weights = 1 + change
 
     moved = mass * change
@@ -226,12 +228,17 @@ def _half_cosine(
 
     def change(half: dict[str, Array]) -> Array:
         matrix = nbeta * _flatten(half, constrained, nbeta.dtype)
-        return method(matrix, mass, shift, noise).weights - 1
+        return method(matrix, mass, shift, noise).change
 
     first, second = jax.lax.map(change, halves)
     overlap = jnp.sum(mass * first * second)
     norms = jnp.sqrt(jnp.sum(mass * first**2) * jnp.sum(mass * second**2))
     return jnp.where(norms > 0, overlap / jnp.where(norms > 0, norms, 1.0), jnp.nan)
+
+
+def _total(parts: Iterable[Array]) -> Array:
+    """The sum over probe sets."""
+    return jnp.sum(jnp.stack(list(parts)), axis=0)
 
 
 def _select(values: Array, constrained: tuple[int, ...]) -> Array:
@@ -254,13 +261,12 @@ def _split(values: Array, shapes: dict[str, tuple[int, ...]]) -> list[Array]:
 
 def _predict(chi: dict[str, Array], moved: dict[str, Array], nbeta: Array) -> Array:
     """nβ Σ_j χ_j q_j (ρ_j − 1); trailing axes of χ beyond those of the columns stay."""
-    contributions = [
+    return nbeta * _total(
         jnp.tensordot(chi[name], moved[name], moved[name].ndim, precision=_HIGHEST)
         if moved[name].ndim
         else chi[name] * moved[name]
         for name in chi
-    ]
-    return nbeta * jnp.sum(jnp.stack(contributions), axis=0)
+    )
 
 
 def _importance(matrix: Array, mass: Array) -> Array:
@@ -375,7 +381,7 @@ def _check(
     if not callable(method):
         raise TypeError(f"method must be a function such as ridge(), got {method!r}")
     for name, values in response.chi.items():
-        if is_concrete(values) and not bool(jnp.all(jnp.isfinite(values))):
+        if is_concrete(values) and not _all(jnp.isfinite, values):
             raise ValueError(f"response.chi[{name!r}] must be finite, but holds NaN or infinity")
     num_rows = len(rows) if untargeted == "hold" else len(target)
     _check_method(method, response, num_rows)
@@ -397,16 +403,22 @@ def _check_method(method: Any, response: Response, num_rows: int) -> None:
     if not all(map(is_concrete, errors)):
         return
     for name in response.chi:
-        if not bool(jnp.all(jnp.isfinite(response.stderr[name]))):
+        if not _all(jnp.isfinite, response.stderr[name]):
             raise ValueError(
                 f"response.stderr[{name!r}] must be finite for a method that takes its ridge or "
                 "cut-off from χ's noise, but holds NaN or infinity; give tau or rank instead"
             )
-    if not any(bool(jnp.any(values > 0)) for values in errors):
+    if all(_all(lambda x: x == 0, values) for values in errors):
         raise ValueError(
             "response.stderr must not be all zero for a method that takes its ridge or cut-off "
             "from χ's noise; give tau or rank instead"
         )
+
+
+def _all(test: Callable[[Array], Array], values: Array) -> bool:
+    """Whether the test holds everywhere; of concrete values also while others are traced."""
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.all(test(values)))
 
 
 def _check_finite(name: str, value: Any) -> None:

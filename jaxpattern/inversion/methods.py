@@ -1,4 +1,4 @@
-"""Ways to invert χ: each is a function of the rows that returns weights and their dual ν.
+"""Ways to invert χ: each is a function of the rows that returns s = ρ − 1 and its dual ν.
 
 A method made here is a `jax.tree_util.Partial` whose leaves are its settings, so that it passes
 through `jit` without compiling again for another ridge, and can be vmapped over one. A user's own
@@ -11,7 +11,7 @@ which rows respond. The noise energy of a row is D_k = Σ_j q_j (nβ stderr_kj)�
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,14 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
 from jaxpattern.inversion import dual
-from jaxpattern.inversion.spectral import energies, gram, rounding, spectral_inverse, unit_rows, widest
+from jaxpattern.inversion.spectral import (
+    energies,
+    gram,
+    rounding,
+    spectral_inverse,
+    unit_rows,
+    widest,
+)
 from jaxpattern.validation import check_count, check_number, is_concrete
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -29,18 +36,19 @@ class Solution(NamedTuple):
     """What a method returns.
 
     Attributes:
-        weights: ρ.
+        change: s = ρ − 1.
         dual: ν, in units of one over those of A.
         converged: whether ν is the answer up to rounding.
     """
 
-    weights: Float[Array, " columns"]
+    change: Float[Array, " columns"]
     dual: Float[Array, " rows"]
     converged: Bool[Array, ""]
 
 
+@runtime_checkable
 class InversionMethod(Protocol):
-    """A function from the response of the rows and the wanted shift to weights."""
+    """A function from the response of the rows and the wanted shift to a change of weights."""
 
     def __call__(
         self,
@@ -50,7 +58,7 @@ class InversionMethod(Protocol):
         noise: Float[Array, " rows"],
         /,
     ) -> Solution:
-        """Weights ρ for A, q, dμ and the noise energies D of the rows."""
+        """s and ν for A, q, dμ and the noise energies D of the rows."""
 
 
 def least_norm() -> Partial:
@@ -81,9 +89,7 @@ def _least_norm(matrix: Array, mass: Array, shift: Array, noise: Array) -> Solut
     return _linear(matrix, jnp.matmul(inverse, widest(shift), precision=_HIGHEST))
 
 
-def truncated(
-    *, rank: int | None = None, threshold: float | Float[Array, ""] = 1.0
-) -> Partial:
+def truncated(*, rank: int | None = None, threshold: float | Float[Array, ""] = 1.0) -> Partial:
     """The least-norm change made of the leading directions only.
 
     With `rank`, s = Aᵀ V_r Λ_r⁻¹ V_rᵀ dμ of the leading eigenvectors of G. Without, rows are first
@@ -125,9 +131,7 @@ def _truncated_at_noise(
     least = rounding(size, matrix.dtype) * jax.lax.stop_gradient(jnp.diag(energy))
     unit = unit_rows(jnp.maximum(widest(noise), least))
     inverse, _ = spectral_inverse(unit[:, None] * energy * unit[None, :], size, threshold)
-    return _linear(
-        matrix, unit * jnp.matmul(inverse, unit * widest(shift), precision=_HIGHEST)
-    )
+    return _linear(matrix, unit * jnp.matmul(inverse, unit * widest(shift), precision=_HIGHEST))
 
 
 def ridge(tau: float | Float[Array, ""] | None = None) -> Partial:
@@ -138,7 +142,7 @@ def ridge(tau: float | Float[Array, ""] | None = None) -> Partial:
     whose signal has no more energy than its noise.
 
     Args:
-        tau: τ ≥ 0, in units of G.
+        tau: τ ≥ 0, in units of G; raised to at least eps^(2/3) of G's diagonal.
 
     Returns:
         A method.
@@ -165,9 +169,7 @@ def _ridge(matrix: Array, mass: Array, shift: Array, noise: Array, *, tau: Any) 
 
 def _ridge_solution(matrix: Array, mass: Array, shift: Array, penalty: Array) -> Solution:
     energy = gram(matrix, mass)
-    # Rounding may leave G short of positive where rows depend on one another and T is zero.
-    least = rounding(energy.shape[0], energy.dtype) / unit_rows(jnp.diag(energy)) ** 2
-    penalty = jnp.maximum(penalty, jax.lax.stop_gradient(least))
+    penalty = jnp.maximum(penalty, _least_penalty(jnp.diag(energy)))
     return _linear(matrix, dual.solve_positive(energy + jnp.diag(penalty), shift))
 
 
@@ -187,7 +189,7 @@ def box(
     Args:
         lower: smallest weight, at most 1.
         upper: largest weight, at least 1; may be infinite.
-        tau: τ ≥ 0, in units of G. By default a vanishing share of G's diagonal.
+        tau: τ ≥ 0, in units of G; raised to at least eps^(2/3) of G's diagonal, the default.
         noise: multiple of the noise energy D to add to T; 1 shrinks as `ridge()` does.
 
     Returns:
@@ -219,7 +221,8 @@ def _box(
     upper: Any,
     **penalties: Any,
 ) -> Solution:
-    link = dual.Box(jnp.asarray(lower, matrix.dtype), jnp.asarray(upper, matrix.dtype))
+    bounds = (jnp.asarray(bound - 1.0, matrix.dtype) for bound in (lower, upper))
+    link = dual.Box(*bounds)
     return _by_dual(link, matrix, mass, shift, noise, **penalties)
 
 
@@ -236,7 +239,7 @@ def entropic(
     sample size shows and a larger T prevents.
 
     Args:
-        tau: τ ≥ 0, in units of G. By default a vanishing share of G's diagonal.
+        tau: τ ≥ 0, in units of G; raised to at least eps^(2/3) of G's diagonal, the default.
         noise: multiple of the noise energy D to add to T; 1 shrinks as `ridge()` does.
 
     Returns:
@@ -249,9 +252,7 @@ def entropic(
     return Partial(_entropic, **_penalties(tau, noise))
 
 
-def _entropic(
-    matrix: Array, mass: Array, shift: Array, noise: Array, **penalties: Any
-) -> Solution:
+def _entropic(matrix: Array, mass: Array, shift: Array, noise: Array, **penalties: Any) -> Solution:
     return _by_dual(dual.Entropic(), matrix, mass, shift, noise, **penalties)
 
 
@@ -272,23 +273,30 @@ def _by_dual(
     tau: Any,
     noise_share: Any,
 ) -> Solution:
-    # With T at this share of G, ν stays below 1/share and its rounding error below eps/share:
-    # eps^(2/3) keeps both what T takes from a target in reach and that error small.
-    share = float(jnp.finfo(matrix.dtype).eps) ** (2 / 3)
-    least = jax.lax.stop_gradient(share / unit_rows(energies(matrix, mass)) ** 2)
     noise = noise_share * jnp.where(noise_share > 0, noise, 0.0)
+    least = _least_penalty(energies(matrix, mass))
     penalty = jnp.maximum(tau + noise, least).astype(matrix.dtype)
     problem = dual.Problem(link, matrix, mass, shift, penalty)
     nu, converged = dual.dual_root(problem)
     field = jnp.matmul(nu, matrix, precision=_HIGHEST)
-    return Solution(link.weights(field, mass), nu, converged)
+    return Solution(link.change(field, mass), nu, converged)
+
+
+def _least_penalty(energy: Array) -> Array:
+    """The smallest T used, eps^(2/3) of G's diagonal: it keeps ν unique where rows depend.
+
+    A row's ν then stays below eps^(−2/3), and its rounding error below eps^(1/3), while a target
+    in reach loses a share of eps^(2/3) times the condition number of the rows.
+    """
+    share = float(jnp.finfo(energy.dtype).eps) ** (2 / 3)
+    return jax.lax.stop_gradient(share / unit_rows(energy) ** 2)
 
 
 def _linear(matrix: Array, nu: Array) -> Solution:
-    """ρ = 1 + Aᵀν."""
+    """s = Aᵀν."""
     nu = nu.astype(matrix.dtype)
-    weights = 1 + jnp.matmul(nu, matrix, precision=_HIGHEST)
-    return Solution(weights, nu, jnp.all(jnp.isfinite(nu)))
+    change = jnp.matmul(nu, matrix, precision=_HIGHEST)
+    return Solution(change, nu, jnp.all(jnp.isfinite(nu)))
 
 
 METHODS_OF_NOISE = (_ridge_at_noise, _truncated_at_noise)

@@ -60,7 +60,7 @@ def spectral_inverse(
     Returns:
         The inverse, and the number of directions kept.
     """
-    values, vectors, inverse = _decompose(matrix, rank, threshold)
+    _, vectors, inverse = _decompose(matrix, rank, threshold)
     product = jnp.matmul(vectors * inverse[None, :], vectors.T, precision=_HIGHEST)
     return product, jnp.sum(inverse > 0)
 

@@ -15,7 +15,6 @@ Source: Chen, Lau, Mendel, Wei & Murfet 2023, arXiv 2310.06301.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import jax
@@ -26,13 +25,22 @@ from jaxpattern.validation import check_count, check_key, check_number
 
 _SMALLEST_SLOPE = 1e-12
 
+# Squared radius and bias of least loss for one corner of a k-gon; both derivatives vanish here.
+_CORNERS = {
+    5: (1.3699757667570207, -0.28229728312677194),
+    6: (1.7437897902832034, -0.6181351318682151),
+    7: (2.0978444561384393, -0.9669063393796629),
+    8: (2.4038942414048488, -1.291192644692491),
+    9: (2.6150474977565090, -1.5423209213697027),
+}
+
 
 def _segment(a: Array, b: Array) -> tuple[Array, Array, Array, Array]:
     """Where the line au + b crosses 0 in [0, 1]: (rises through it, falls through it, a, b/a).
 
     The slope is replaced by 1 where the line does not cross, and b/a by 0, so that no branch that
     is not taken divides by zero. Where it does cross, |b/a| ≤ 1. Crossings flatter than 1e-12
-    count as none: they change the integrals by less than 1e-12.
+    count as none, which changes the integrals by less than 1e-12.
     """
     steep = jnp.abs(a) > _SMALLEST_SLOPE
     rises = steep & (b <= 0) & (a + b > 0)
@@ -76,9 +84,7 @@ def relu_product_integral(a: Float[Array, "*s"], b: Float[Array, "*s"]) -> Float
     """
     rises, falls, _, ratio = _segment(a, b)
     above = (b > 0) & ~falls
-    crossing = jnp.where(
-        rises, jnp.square(1 + ratio) * (2 * a - b) / 6, b * jnp.square(ratio) / 6
-    )
+    crossing = jnp.where(rises, jnp.square(1 + ratio) * (2 * a - b) / 6, b * jnp.square(ratio) / 6)
     return jnp.where(above, a / 3 + b / 2, jnp.where(rises | falls, crossing, 0.0))
 
 
@@ -130,35 +136,16 @@ def init(key: Array, *, num_features: int, num_dimensions: int = 2) -> dict[str,
     return {"W": weights, "b": jnp.zeros(num_features)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _corner(k: int) -> Float[Array, " 2"]:
-    """(s, β) of least loss for one corner of a k-gon."""
-    if k <= 4:
-        return jnp.array([1.0, 0.0])
-    cosines = jnp.cos(2 * jnp.pi * jnp.arange(k) / k)
-
-    def loss(square_and_bias: Array) -> Array:
-        square, bias = square_and_bias
-        errors = relu_square_integral(square * cosines, jnp.broadcast_to(bias, (k,)))
-        return jnp.sum(errors) - 2 * relu_product_integral(square, bias)
-
-    def newton(_: Array, x: Array) -> Array:
-        return x - jnp.linalg.solve(jax.hessian(loss)(x), jax.grad(loss)(x))
-
-    guess = jnp.array([1.0, 0.0]) + (k - 4) * jnp.array([0.36, -0.32])
-    return jax.lax.fori_loop(0, 8, newton, guess)
-
-
 def polygon(k: int, c: int, *, unused_bias: float = 0.0) -> dict[str, Array]:
     """The k-gon: features 0 … k − 1 at the corners of a regular polygon, the others at 0.
 
     A critical point of L for uniform features in the plane: corners at radius √s with bias β where
-    the loss of one corner, Σ_{j<k} I(s cos 2πj/k, β) − 2 J(s, β) + 1/3, is least. Up to k = 4 this
-    is s = 1, β = 0, without loss; from 5 on Newton's method finds s > 1 > 0 > β. The loss of an
-    unused feature is 1/3, and an output that is always on, at `unused_bias` = 1/2c, saves 1/4c².
+    the loss of one corner, 1/3 − 2 J(s, β) + Σ_{j<k} I(s cos 2πj/k, β), is least. Up to k = 4 that
+    is s = 1, β = 0, without loss. An unused feature has loss 1/3; an output that is always on, at
+    `unused_bias` = 1/2c, lowers L by 1/4c² for each of them.
 
     Args:
-        k: number of corners, from 1 to c.
+        k: number of corners, from 1 to 9 and at most c.
         c: number of features.
         unused_bias: b_j of the features that are not represented.
 
@@ -166,10 +153,12 @@ def polygon(k: int, c: int, *, unused_bias: float = 0.0) -> dict[str, Array]:
         `{"W": [2, c], "b": [c]}`, float32.
     """
     check_count("k", k, minimum=1)
-    check_count("c", c, minimum=k)
+    check_count("c", c, minimum=1)
+    if k > min(c, 9):
+        raise ValueError(f"k must be at most 9 and at most c = {c}, got {k}")
     check_number("unused_bias", unused_bias, minimum=-jnp.inf, exclusive=True)
-    square, bias = _corner(k)
+    square, bias = _CORNERS.get(k, (1.0, 0.0))
     angle = 2 * jnp.pi * jnp.arange(k) / k
-    corners = jnp.sqrt(square) * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+    corners = square**0.5 * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
     weights = jnp.zeros((2, c)).at[:, :k].set(corners)
-    return {"W": weights, "b": jnp.full(c, unused_bias, jnp.float32).at[:k].set(bias)}
+    return {"W": weights, "b": jnp.full(c, unused_bias).at[:k].set(bias)}

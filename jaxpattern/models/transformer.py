@@ -94,6 +94,7 @@ def _linear(x_BxTxD: Array, w_DxF: Array) -> Array:
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param[Array]:
+    """Independent normal weights of mean 0."""
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape))
 
 
@@ -205,16 +206,16 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxT: Tokens) -> tuple[Logits, list[Pattern]]:
         config = self.config
-        T = tokens_BxT.shape[1]
-        if T > config.context:
+        length = tokens_BxT.shape[1]
+        if length > config.context:
             raise ValueError(
-                f"tokens must be at most context = {config.context} positions, got {T}"
+                f"tokens must be at most context = {config.context} positions, got {length}"
             )
         x_BxTxD = self.embed[...][tokens_BxT]
         if self.unembed is None:
             x_BxTxD = x_BxTxD * config.d_model**0.5
         if self.positions is not None:
-            x_BxTxD = x_BxTxD + self.positions[None, :T]
+            x_BxTxD = x_BxTxD + self.positions[None, :length]
         x_BxTxD = x_BxTxD.astype(config.dtype)
         patterns = []
         for i in range(config.num_layers):
@@ -241,7 +242,8 @@ def split_params(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:
         ValueError: if the model holds other state (dropout keys, batch statistics), which a pure
             loss could neither keep nor update.
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    params, rest = states
     left = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(rest)]
     if left:
         raise ValueError(f"model must hold parameters only, got other state at {left}")

@@ -92,7 +92,7 @@ class _Part(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _CoMoments:
     """Records co-moments of φ with D, a batch of draws at a time, and the trace of φ."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.sampling import Plan, as_pytree_function
 from jaxpattern.types import Batch, Losses, Params, Position
-from jaxpattern.validation import batch_length, is_concrete
+from jaxpattern.validation import batch_length, check_function, is_concrete
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Observables φ, probes z, and the reference data whose loss is L in χ_z = −Cov[φ, ℓ_z − L].
 
@@ -89,6 +89,7 @@ class ComponentGroup(NamedTuple):
     restrictions: Restriction | None
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Measures χ of a problem for groups of components."""
 
@@ -137,12 +138,8 @@ def build_problem(
         posterior.loss_fn, chunk or 256, params, probes, minibatch.batch
     )
     for name, losses in probe_baseline.items():
-        if is_concrete(losses) and not bool(jnp.isfinite(losses).all()):
-            bad = jnp.flatnonzero(~jnp.isfinite(losses).reshape(len(losses), -1).all(axis=1))
-            raise ValueError(
-                f"probes[{name!r}] has losses that are not finite at w*, "
-                f"such as samples {[int(i) for i in bad[:5]]}"
-            )
+        _check_finite(f"probes[{name!r}]", losses)
+    _check_finite("data" if reference is None else "reference", reference_baseline)
     functions, offsets = _check_observables(observables, params, minibatch.weights.dtype)
     return Problem(
         observables=functions,
@@ -155,17 +152,23 @@ def build_problem(
     )
 
 
+def _check_finite(name: str, losses: Losses) -> None:
+    if is_concrete(losses) and not bool(jnp.isfinite(losses).all()):
+        bad = jnp.flatnonzero(~jnp.isfinite(losses).reshape(len(losses), -1).all(axis=1))
+        raise ValueError(
+            f"{name} has losses that are not finite at w*, "
+            f"such as those of samples {[int(i) for i in bad[:5]]}"
+        )
+
+
 def _check_observables(
     observables: Mapping[str, Callable] | None, params: Params, dtype: Any
 ) -> tuple[tuple[Callable, ...] | None, Float[Array, " rows"]]:
     if observables is None:
         return None, jnp.zeros((1,), dtype)
     for name, phi in observables.items():
-        if not callable(phi):
-            raise TypeError(
-                f"observables[{name!r}] must be a function of params, got {type(phi).__name__}"
-            )
-        out = jax.eval_shape(phi, params)
+        check_function(f"observables[{name!r}]", phi, "a function of params", num_arguments=1)
+        out = jax.eval_shape(lambda params, phi=phi: phi(params), params)
         if getattr(out, "shape", None) != ():
             raise ValueError(
                 f"observables[{name!r}] must return a scalar, got "
@@ -174,7 +177,7 @@ def _check_observables(
         if not jnp.issubdtype(out.dtype, jnp.floating):
             raise TypeError(f"observables[{name!r}] must return a float, got {out.dtype}")
     functions = tuple(as_pytree_function(phi) for phi in observables.values())
-    offsets = jnp.stack([jnp.asarray(jax.jit(phi)(params), dtype) for phi in functions])
+    offsets = jnp.stack([jnp.asarray(_evaluate(phi, params), dtype) for phi in functions])
     if is_concrete(offsets):
         for name, value in zip(observables, offsets, strict=True):
             if not bool(jnp.isfinite(value)):
@@ -184,6 +187,8 @@ def _check_observables(
 
 def named(name: str, pairs: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """A dictionary from a mapping or pairs, whose names are strings and used once."""
+    if not isinstance(pairs, Iterable) or isinstance(pairs, str):
+        raise TypeError(f"{name} must map names to values, got {type(pairs).__name__}")
     items = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
     if not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         raise TypeError(f"{name} must map names to values, got {items!r:.80}")
@@ -223,9 +228,10 @@ def component_groups(
         try:
             check_restriction(restriction, posterior.params)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"components[{name!r}]: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"components[{name!r}]: {error}") from error
         leaves, treedef = jax.tree.flatten(restriction)
-        shape = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        shape = (treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
         members.setdefault(shape, []).append((name, index))
     return [
         ComponentGroup(
@@ -237,6 +243,11 @@ def component_groups(
         )
         for group in members.values()
     ]
+
+
+@jax.jit
+def _evaluate(phi: Callable, params: Params) -> Array:
+    return phi(params)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

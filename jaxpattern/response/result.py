@@ -13,7 +13,7 @@ from jaxpattern.validation import check_names, is_concrete
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Response:
     """The response matrix χ ∈ R^{K×N}, with errors; columns are kept by probe set.
 

@@ -14,6 +14,7 @@ from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction
 from jaxpattern.sampling import Plan, as_pytree_function, check_run
 from jaxpattern.types import Batch
+from jaxpattern.validation import check_function
 
 
 def susceptibilities(
@@ -71,8 +72,8 @@ def susceptibilities(
         raise ValueError("observables must be given where there are no components")
     if estimator is None:
         estimator = covariance()
-    if not callable(estimator):
-        raise TypeError(f"estimator must be such as jp.covariance(), got {estimator!r:.80}")
+    wanted = "a function, such as jp.covariance() returns"
+    check_function("estimator", estimator, wanted, num_arguments=8)
     groups = component_groups(posterior, components)
     problem = build_problem(
         posterior, observables, named("probes", probes), reference, plan.chunk
@@ -83,5 +84,7 @@ def susceptibilities(
         rows = tuple(components)
     else:
         rows = tuple(f"{component}/{phi}" for component in components for phi in observables)
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"names of components and observables make two rows alike: {rows}")
     sampler = as_pytree_function(sampler)
     return estimator(key, posterior, sampler, plan, problem, groups, rows, progress)
