@@ -13,10 +13,21 @@ from jaxpattern.inversion import (
     solve_weights,
     truncated,
 )
+from jaxpattern.inversion import (
+    Intervention,
+    UnreachableTarget,
+    box,
+    entropic,
+    least_norm,
+    ridge,
+    solve_weights,
+    truncated,
+)
 from jaxpattern.llc import LocalLearningCoefficient, llc
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
+from jaxpattern.response.pathwise import GrowthWarning, pathwise
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.susceptibilities import susceptibilities
 from jaxpattern.restriction import (

@@ -19,11 +19,11 @@ class Moments(NamedTuple):
 
     count: Float[Array, ""]
     mean_a: Float[Array, " rows"]
-    mean_b: PyTree[Float[Array, "*columns"]]
-    comoment: PyTree[Float[Array, "rows *columns"]]
+    mean_b: PyTree[Float[Array, "..."]]
+    comoment: PyTree[Float[Array, "rows ..."]]
 
 
-def init(a: Float[Array, " rows"], b: PyTree[Float[Array, "*columns"]]) -> Moments:
+def init(a: Float[Array, " rows"], b: PyTree[Float[Array, "..."]]) -> Moments:
     """Moments of no draws, for values of these shapes."""
     return Moments(
         count=jnp.zeros((), a.dtype),
@@ -36,7 +36,7 @@ def init(a: Float[Array, " rows"], b: PyTree[Float[Array, "*columns"]]) -> Momen
 def update(
     moments: Moments,
     a: Float[Array, " rows"],
-    b: PyTree[Float[Array, "*columns"]],
+    b: PyTree[Float[Array, "..."]],
     weight: Float[Array, ""] | float = 1.0,
 ) -> Moments:
     """One more draw: n' = n + w, ā' = ā + (w/n')(a − ā), C' = C + w (a − ā)(b − b̄')ᵀ.
@@ -77,7 +77,7 @@ def merge(left: Moments, right: Moments) -> Moments:
     )
 
 
-def finalize(moments: Moments) -> PyTree[Float[Array, "rows *columns"]]:
+def finalize(moments: Moments) -> PyTree[Float[Array, "rows ..."]]:
     """The unbiased covariance of independent draws, C / (n − 1)."""
     return jax.tree.map(lambda c: c / (moments.count - 1), moments.comoment)
 

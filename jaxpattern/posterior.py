@@ -48,11 +48,12 @@ class Posterior:
     loss sees parameters of the dtypes it was given.
     """
 
+    # A stack of posteriors, to be vmapped, has leading axes everywhere.
     params: Params
     data: Batch
-    weights: Float[Array, "samples *tokens"]
-    nbeta: Float[Array, ""]
-    localization: Float[Array, ""]
+    weights: Float[Array, "..."]
+    nbeta: Float[Array, "..."] | float
+    localization: Float[Array, "..."] | float
     restriction: Restriction | None
     loss_fn: LossFn = field(metadata={"static": True})
 
@@ -97,9 +98,13 @@ class Posterior:
 
     def grad_estimator(self, position: Position, minibatch: Minibatch | None = None) -> Position:
         """∇ log p(w) = −nβ ∇L(w) − γ (w − w*): what a blackjax stochastic-gradient kernel takes."""
+        return self.drift(position, self.loss_gradient(position, minibatch))
+
+    def drift(self, position: Position, loss_gradient: Position) -> Position:
+        """∇ log p(w) = −nβ g − γ (w − w*) for a given gradient g of the loss."""
         return jax.tree.map(
             lambda g, w, centre: -self.nbeta * g - self.localization * (w - centre),
-            self.loss_gradient(position, minibatch),
+            loss_gradient,
             position,
             self.centre,
         )

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.types import Position
-from jaxpattern.validation import check_number
+from jaxpattern.validation import check_number, is_concrete
 
 
 def sgld(*, step_size: float | Float[Array, ""]) -> Partial:
@@ -60,7 +60,7 @@ class RmspropState(NamedTuple):
 
     position: Position
     square_average: Position
-    count: Int[Array, ""]
+    num_steps: Int[Array, ""]
 
 
 def rmsprop_sgld(
@@ -130,10 +130,10 @@ def _rmsprop(
         return RmspropState(position, square, jnp.zeros((), jnp.int32))
 
     def step(key: Key[Array, ""], state: RmspropState, minibatch: Minibatch) -> RmspropState:
-        position, square, count = state
+        position, square, num_steps = state
         gradient = posterior.loss_gradient(position, minibatch)
         square = jax.tree.map(lambda v, g: decay * v + (1 - decay) * g**2, square, gradient)
-        correction = 1 - decay ** (count + 1.0) if bias_correction else 1.0
+        correction = 1 - decay ** (num_steps + 1.0) if bias_correction else 1.0
 
         def move(w: Array, g: Array, v: Array, w0: Array, xi: Array) -> Array:
             step = step_size / (jnp.sqrt(v / correction) + stability)
@@ -142,7 +142,7 @@ def _rmsprop(
 
         noise = generate_gaussian_noise(key, position)
         position = jax.tree.map(move, position, gradient, square, centre, noise)
-        return RmspropState(position, square, count + 1)
+        return RmspropState(position, square, num_steps + 1)
 
     return SamplingAlgorithm(init, step)
 
@@ -204,3 +204,28 @@ def mala(*, step_size: float | Float[Array, ""]) -> Partial:
 
 def _mala(posterior: Posterior, *, step_size: Any) -> SamplingAlgorithm:
     return blackjax.mala(posterior.logdensity, step_size / 2)
+
+
+def relaxation_steps(sampler: Any, posterior: Posterior) -> float | None:
+    """Steps in which a chain forgets a flat direction (one of precision γ) by a factor e.
+
+    2/(εγ) for SGLD; for RMSprop-SGLD the same with its effective step where gradients are of the
+    size of `stability`; for SGNHT the slower of momentum and position, in steps h = √(ε/2).
+    None where it is not known: another sampler, γ = 0, or settings that are being traced.
+    """
+    function, settings = getattr(sampler, "func", None), getattr(sampler, "keywords", {})
+    if not all(map(is_concrete, (posterior.localization, *settings.values()))):
+        return None
+    localization = float(posterior.localization)
+    if localization == 0:
+        return None
+    if function is _sgld:
+        return 2 / (float(settings["step_size"]) * localization)
+    if function in (_rmsprop_corrected, _rmsprop_uncorrected):
+        step = float(settings["step_size"]) / (2 * float(settings["stability"]))
+        return 2 / (step * localization)
+    if function is _sgnht:
+        friction = float(settings["friction"])
+        time = max(2 / friction, friction / localization)
+        return time / float(jnp.sqrt(settings["step_size"] / 2))
+    return None

@@ -205,7 +205,7 @@ def _like(new: PyTree[Array], old: PyTree[Array]) -> PyTree[Array]:
 
 
 @dataclass(frozen=True)
-class _Streams:
+class Streams:
     """The random streams of one chain."""
 
     init: Key[Array, ""]
@@ -213,14 +213,15 @@ class _Streams:
     record: Key[Array, ""]
 
 
-def _streams(key: Key[Array, ""]) -> _Streams:
-    return _Streams(*(jax.random.fold_in(key, stream) for stream in range(3)))
+def streams_of(key: Key[Array, ""]) -> Streams:
+    """The streams of the chain with this key."""
+    return Streams(*(jax.random.fold_in(key, stream) for stream in range(3)))
 
 
 def _start(
     posterior: Posterior, sampler: Any, recorder: Recorder, plan: Plan, key: Key[Array, ""]
 ) -> Chain:
-    state = build_kernel(posterior, sampler, plan).init(posterior.centre, _streams(key).init)
+    state = build_kernel(posterior, sampler, plan).init(posterior.centre, streams_of(key).init)
     return Chain(
         state=jax.tree.map(jnp.asarray, state),
         alive=jnp.asarray(True),
@@ -238,7 +239,7 @@ def _burn(
     stop: int | Array,
 ) -> Chain:
     """Steps [start, stop) of the burn-in."""
-    kernel, streams = build_kernel(posterior, sampler, plan), _streams(key)
+    kernel, streams = build_kernel(posterior, sampler, plan), streams_of(key)
     state = jax.lax.fori_loop(
         start,
         stop,
@@ -259,7 +260,7 @@ def _draw(
     stop: int | Array,
 ) -> Chain:
     """Draws [start, stop), with `thin` steps before each."""
-    kernel, streams = build_kernel(posterior, sampler, plan), _streams(key)
+    kernel, streams = build_kernel(posterior, sampler, plan), streams_of(key)
 
     def draw(d: Array, chain: Chain) -> Chain:
         first = plan.num_burnin + d * plan.thin
@@ -271,7 +272,7 @@ def _draw(
         )
         position = kernel.position(state)
         value = recorder.value(posterior, position, jax.random.fold_in(streams.record, d), plan)
-        alive = chain.alive & _all_finite((position, value))
+        alive = chain.alive & all_finite((position, value))
         return Chain(
             state=jax.tree.map(partial(jnp.where, alive), state, chain.state),
             alive=alive,
@@ -281,11 +282,12 @@ def _draw(
     return jax.lax.fori_loop(start, stop, draw, chain)
 
 
-def _all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
+def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether every number of a pytree is finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _over_chains(function: Callable, posterior: Posterior, restrictions: Any) -> Callable:
+def over_chains(function: Callable, posterior: Posterior, restrictions: Any) -> Callable:
     """Vmap of a one-chain function over components (leading) and chains."""
 
     def one_chain(restriction: Restriction | None, *args: Any) -> Chain:
@@ -302,7 +304,7 @@ def _over_chains(function: Callable, posterior: Posterior, restrictions: Any) ->
 @partial(jax.jit, static_argnames="plan")
 def _start_all(posterior, restrictions, sampler, recorder, keys, plan):  # type: ignore[no-untyped-def]
     start = lambda component, key: _start(component, sampler, recorder, plan, key)  # noqa: E731
-    return _over_chains(start, posterior, restrictions)(keys)
+    return over_chains(start, posterior, restrictions)(keys)
 
 
 @partial(jax.jit, static_argnames=("plan", "static_bounds"))
@@ -311,7 +313,7 @@ def _burn_all(  # type: ignore[no-untyped-def]
 ):
     start, stop = static_bounds or bounds
     burn = lambda p, chain, key: _burn(p, sampler, plan, chain, key, start, stop)  # noqa: E731
-    return _over_chains(burn, posterior, restrictions)(chains, keys)
+    return over_chains(burn, posterior, restrictions)(chains, keys)
 
 
 @partial(jax.jit, static_argnames=("plan", "static_bounds"))
@@ -320,7 +322,17 @@ def _draw_all(  # type: ignore[no-untyped-def]
 ):
     start, stop = static_bounds or bounds
     draw = lambda p, chain, key: _draw(p, sampler, recorder, plan, chain, key, start, stop)  # noqa: E731
-    return _over_chains(draw, posterior, restrictions)(chains, keys)
+    return over_chains(draw, posterior, restrictions)(chains, keys)
+
+
+def chain_keys(
+    key: Key[Array, ""], component_ids: tuple[int, ...], num_chains: int
+) -> Key[Array, "components chains"]:
+    """fold_in(fold_in(key, component), chain)."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    chains = jnp.arange(num_chains, dtype=jnp.uint32)
+    components = fold(key, jnp.asarray(component_ids, jnp.uint32))
+    return jax.vmap(lambda component: fold(component, chains))(components)
 
 
 def run_chains(
@@ -352,10 +364,7 @@ def run_chains(
     Returns:
         A `Chain` whose leaves have leading axes `[component, chain]`.
     """
-    ids = jnp.asarray(component_ids, jnp.uint32)
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    chain_ids = jnp.arange(plan.num_chains, dtype=jnp.uint32)
-    keys = jax.vmap(lambda k: fold(k, chain_ids))(fold(key, ids))
+    keys = chain_keys(key, component_ids, plan.num_chains)
     chains = _start_all(posterior, restrictions, sampler, recorder, keys, plan)
     burn = partial(_burn_all, posterior, restrictions, sampler)
     draw = partial(_draw_all, posterior, restrictions, sampler, recorder)

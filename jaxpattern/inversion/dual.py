@@ -26,16 +26,16 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpattern.inversion.spectral import energies, gram, unit_rows, widest
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_MAX_STEPS = 100
+DEBUG = True
+DEC = 1.0
+FACTOR = 10.0
+_MAX_STEPS = 600
 _MAX_HALVINGS = 40
 
 
 @runtime_checkable
 class Link(Protocol):
-    """From the dual field u = Aᵀν to the change of the weights, by the conjugate Ω*. A pytree."""
-
-    def conjugate(self, field: Array, mass: Array) -> Array:
-        """Ω*(u), a scalar."""
+    """From the dual field u = Aᵀν to the change of the weights, s = ∇Ω*(u) / q. A pytree."""
 
     def change(self, field: Array, mass: Array) -> Array:
         """s, with ∂Ω*/∂u_j = q_j s_j."""
@@ -50,10 +50,6 @@ class Box(NamedTuple):
     least: Any
     most: Any
 
-    def conjugate(self, field: Array, mass: Array) -> Array:
-        change = self.change(field, mass)
-        return jnp.sum(mass * change * (field - change / 2))
-
     def change(self, field: Array, mass: Array) -> Array:
         bound = jnp.where(field <= self.least, self.least, self.most)
         return jnp.where(self._inside(field), field, bound)
@@ -67,9 +63,6 @@ class Box(NamedTuple):
 
 class Entropic(NamedTuple):
     """Ω = Σ_j q_j ρ_j log ρ_j with Σ_j q_j s_j = 0: ρ_j = exp(u_j) / Σ_i q_i exp(u_i)."""
-
-    def conjugate(self, field: Array, mass: Array) -> Array:
-        return _log_mean_exp(field, mass) - jnp.sum(mass * field)
 
     def change(self, field: Array, mass: Array) -> Array:
         return jnp.expm1(field - _log_mean_exp(field, mass))
@@ -99,12 +92,21 @@ class Problem(NamedTuple):
 
 
 class Iterate(NamedTuple):
-    """A point ν of the Newton iteration, with u = Aᵀν, ∇J and its size."""
+    """A point ν of the Newton iteration.
+
+    Attributes:
+        dual: ν.
+        field: u = Aᵀν.
+        miss: A (q ∘ s) − dμ, so that ∇J = miss + T ν.
+        relaxation: the share of G's diagonal that T is raised to.
+        step: Newton steps so far.
+        stalled: whether rounding leaves no more to gain.
+    """
 
     dual: Float[Array, " rows"]
     field: Float[Array, " columns"]
-    gradient: Float[Array, " rows"]
-    error: Float[Array, ""]
+    miss: Float[Array, " rows"]
+    relaxation: Float[Array, ""]
     step: Int[Array, ""]
     stalled: Bool[Array, ""]
 
@@ -113,17 +115,22 @@ class Iterate(NamedTuple):
 def dual_root(problem: Problem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]:
     """The minimiser ν of J by damped Newton steps, and whether ∇J vanishes there up to rounding.
 
-    Each step costs one K×K Gram matrix; the line search runs on u and u's direction alone. Rows
-    are brought to unit length where sizes are compared, so their units do not matter.
+    Where dμ is out of reach, ν is of size 1/T and J has kinks on the scale of ν, among which plain
+    Newton steps lose their way. So T starts at G's diagonal and falls tenfold each time ν has
+    come near the minimum, down to its own value. Each step costs one K×K Gram matrix; the line
+    search runs on u and its direction alone. Rows are brought to unit length where sizes are
+    compared, so their units do not matter.
     """
     unit = unit_rows(energies(problem.matrix, problem.mass))
     eps = float(jnp.finfo(problem.matrix.dtype).eps)
+    goal_relaxation = jnp.max(unit**2 * problem.ridge)
+    least_relaxation = jnp.min(unit**2 * problem.ridge)
 
-    def iterate(dual: Array, step: Any) -> Iterate:
-        field = _field(problem, dual)
-        gradient = _gradient(dual, problem)
-        error = jnp.max(jnp.abs(unit * gradient))
-        return Iterate(dual, field, gradient, error, jnp.asarray(step), jnp.asarray(False))
+    def relaxed(now: Iterate) -> Problem:
+        return problem._replace(ridge=jnp.maximum(problem.ridge, now.relaxation / unit**2))
+
+    def error(now: Iterate) -> Array:
+        return jnp.max(jnp.abs(unit * (now.miss + problem.ridge * now.dual)))
 
     def scale(now: Iterate) -> Array:
         """The size of the terms that cancel in ∇J."""
@@ -136,25 +143,43 @@ def dual_root(problem: Problem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]
         return eps * jnp.max(jnp.abs(now.dual / unit))
 
     def unfinished(now: Iterate) -> Array:
-        goal = 4 * eps * scale(now) + rounding(now)
-        return (now.error > goal) & (now.step < _MAX_STEPS) & ~now.stalled
+        done = error(now) <= 4 * eps * scale(now) + rounding(now)
+        return ~done & ~now.stalled & (now.step < _MAX_STEPS)
 
     def newton(now: Iterate) -> Iterate:
-        direction = -_damped_inverse(problem, now.field, unit, now.gradient)
-        length = _line_search(problem, now, direction)
-        new = iterate(now.dual + length * direction, now.step + 1)
-        near = now.error <= jnp.sqrt(eps) * scale(now) + rounding(now)
-        worse = (length == 0) | (near & (new.error > now.error / 2))
-        stalled = worse | ~jnp.isfinite(new.error)
+        current = relaxed(now)
+        gradient = now.miss + current.ridge * now.dual
+        direction = -_damped_inverse(current, now.field, unit, gradient)
+        length = _line_search(current, now.dual, now.field, gradient, direction)
+        dual = now.dual + length * direction
+        field = _field(problem, dual)
+        new = now._replace(dual=dual, field=field, miss=_miss(problem, field), step=now.step + 1)
+
+        near = (-jnp.sum(gradient * direction) < DEC) | (length == 0)
+        final = now.relaxation <= least_relaxation
+        new = new._replace(relaxation=jnp.where(near, now.relaxation / FACTOR, now.relaxation))
+
+        close = error(now) <= jnp.sqrt(eps) * scale(now) + rounding(now)
+        no_gain = (length == 0) | (close & ~(error(new) < error(now) / 2))
+        stalled = (final & no_gain) | ~jnp.isfinite(error(new))
         best = jax.tree.map(
-            lambda a, b: jnp.where(stalled & ~(new.error < now.error), a, b), now, new
+            lambda a, b: jnp.where(stalled & ~(error(new) < error(now)), a, b), now, new
         )
         return best._replace(stalled=stalled, step=new.step)
 
-    start = iterate(jnp.zeros_like(problem.shift), 0)
+    zero = jnp.zeros_like(problem.shift)
+    field = _field(problem, zero)
+    start = Iterate(
+        dual=zero,
+        field=field,
+        miss=_miss(problem, field),
+        relaxation=jnp.maximum(jnp.maximum(goal_relaxation, 1.0),jnp.max(jnp.abs(unit*problem.shift))),
+        step=jnp.zeros((), jnp.int32),
+        stalled=jnp.zeros((), bool),
+    )
     final = jax.lax.while_loop(unfinished, newton, start)
-    converged = final.error <= jnp.sqrt(eps) * scale(final) + 8 * rounding(final)
-    return final.dual, converged
+    converged = error(final) <= jnp.sqrt(eps) * scale(final) + 8 * rounding(final)
+    return (final.dual, converged, final.step) if DEBUG else (final.dual, converged)
 
 
 @dual_root.defjvp
@@ -197,11 +222,15 @@ def _field(problem: Problem, dual: Array) -> Array:
     return jnp.matmul(dual, problem.matrix, precision=_HIGHEST)
 
 
+def _miss(problem: Problem, field: Array) -> Array:
+    """A (q ∘ s) − dμ."""
+    change = problem.link.change(field, problem.mass)
+    return jnp.matmul(problem.matrix, problem.mass * change, precision=_HIGHEST) - problem.shift
+
+
 def _gradient(dual: Array, problem: Problem) -> Array:
     """∇J = A (q ∘ s) − dμ + T ν."""
-    change = problem.link.change(_field(problem, dual), problem.mass)
-    moved = jnp.matmul(problem.matrix, problem.mass * change, precision=_HIGHEST)
-    return moved - problem.shift + problem.ridge * dual
+    return _miss(problem, _field(problem, dual)) + problem.ridge * dual
 
 
 def _damped_inverse(problem: Problem, field: Array, unit: Array, gradient: Array) -> Array:
@@ -215,44 +244,32 @@ def _damped_inverse(problem: Problem, field: Array, unit: Array, gradient: Array
     return unit * jnp.matmul(vectors, inner, precision=_HIGHEST).astype(field.dtype)
 
 
-def _line_search(problem: Problem, now: Iterate, direction: Array) -> Array:
-    """The largest of 1, ½, ¼ … along which J falls; 0 where none is left.
+def _line_search(
+    problem: Problem, dual: Array, field: Array, gradient: Array, direction: Array
+) -> Array:
+    """The largest step t of 1, ½, ¼ … along which J surely falls; 0 where none is left.
 
-    Where J's fall is below its rounding error, its slope tells: J is convex, so a slope at the
-    end that is not above half the size of the slope at the start means no overshoot.
+    Near the minimum J falls by less than its own rounding error, so its slope is asked instead.
+    J is convex and its slope J' along the direction monotone, hence
+    J(t) − J(0) ≤ (t/2) (J'(t/2) + J'(t)), and the fall is sufficient where that is ≤ 0.05 t J'(0).
     """
     link, matrix, mass, shift, ridge = problem
     field_step = jnp.matmul(direction, matrix, precision=_HIGHEST)
-    offset = shift @ direction
-    eps = jnp.finfo(matrix.dtype).eps
+    offset = jnp.sum(shift * direction)
+    enough = 0.1 * jnp.sum(gradient * direction)
 
-    def terms(length: Array) -> tuple[Array, Array, Array]:
-        conjugate = link.conjugate(now.field + length * field_step, mass)
-        quadratic = jnp.sum(ridge * (now.dual + length * direction) ** 2) / 2
-        return conjugate, length * offset, quadratic
-
-    def slope(length: Array) -> Array:
-        change = link.change(now.field + length * field_step, mass)
-        dual = now.dual + length * direction
-        return jnp.sum(mass * change * field_step) - offset + jnp.sum(ridge * dual * direction)
-
-    zero = jnp.zeros((), matrix.dtype)
-    start = terms(zero)
-    slope_start = now.gradient @ direction
-
-    def acceptable(length: Array) -> Array:
-        end = terms(length)
-        rise = (end[0] - start[0]) - (end[1] - start[1]) + (end[2] - start[2])
-        size = sum(jnp.abs(a) + jnp.abs(b) for a, b in zip(start, end, strict=True))
-        falls = rise <= 1e-4 * length * slope_start
-        level = (rise <= 8 * eps * size) & (slope(length) <= jnp.abs(slope_start) / 2)
-        return falls | level
-
-    def shorter(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return state[0] / 2, state[1] + 1
+    def slope(step: Array) -> Array:
+        change = link.change(field + step * field_step, mass)
+        pull = jnp.sum(ridge * (dual + step * direction) * direction)
+        return jnp.sum(mass * change * field_step) - offset + pull
 
     def too_long(state: tuple[Array, Array]) -> Array:
-        return ~acceptable(state[0]) & (state[1] < _MAX_HALVINGS)
+        step, halvings = state
+        return (slope(step / 2) + slope(step) > enough) & (halvings < _MAX_HALVINGS)
 
-    length, halvings = jax.lax.while_loop(too_long, shorter, (zero + 1, jnp.zeros((), jnp.int32)))
-    return jnp.where(halvings < _MAX_HALVINGS, length, 0.0)
+    def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return state[0] / 2, state[1] + 1
+
+    start = (jnp.ones((), matrix.dtype), jnp.zeros((), jnp.int32))
+    step, halvings = jax.lax.while_loop(too_long, halve, start)
+    return jnp.where(halvings < _MAX_HALVINGS, step, 0.0)

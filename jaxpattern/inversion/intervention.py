@@ -169,9 +169,7 @@ def _solve(
     }
     predicted = _predict(chi, parts, nbeta)
     if batches is not None:
-        spread = _predict({name: batches[name].T for name in names}, parts, nbeta)
-        count = spread.shape[-1]
-        stderr_shift = _safe_sqrt(jnp.var(spread, axis=-1, ddof=1) / count) if count > 1 else None
+        stderr_shift = _mean_stderr(_predict({n: batches[n].T for n in names}, parts, nbeta))
     elif halves is not None:
         first, second = (
             _predict({name: halves[name][h] for name in names}, parts, nbeta) for h in (0, 1)
@@ -277,9 +275,15 @@ def _importance(matrix: Array, mass: Array) -> Array:
     return 1 / jnp.where(energy > 0, energy, floor)
 
 
-def _safe_sqrt(x: Array) -> Array:
-    """√x with derivative 0 at 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+def _mean_stderr(batches: Array) -> Array:
+    """Standard error of the mean over the last axis, NaN left out; derivative 0 at no spread."""
+    valid = ~jnp.isnan(batches)
+    count = jnp.sum(valid, axis=-1)
+    mean = jnp.sum(jnp.where(valid, batches, 0.0), axis=-1) / jnp.maximum(count, 1)
+    squares = jnp.sum(jnp.where(valid, batches - mean[:, None], 0.0) ** 2, axis=-1)
+    error = squares / jnp.maximum(count * (count - 1), 1)
+    root = jnp.where(error > 0, jnp.sqrt(jnp.where(error > 0, error, 1.0)), 0.0)
+    return jnp.where(count > 1, root, jnp.nan)
 
 
 def _as_partial(method: Any) -> Any:

@@ -25,13 +25,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpattern import moments
-from jaxpattern.diagnostics import Summary, batch_of, summarize
+from jaxpattern.diagnostics import batch_of
 from jaxpattern.moments import Moments, outer
 from jaxpattern.posterior import Posterior
+from jaxpattern.response.assembly import Part, assemble, summarize_rows
 from jaxpattern.response.problem import ComponentGroup, Estimator, Problem
 from jaxpattern.response.result import Response
 from jaxpattern.sampling import Chain, Plan, check_alive, run_chains, write_draw
-from jaxpattern.types import Losses, Position
+from jaxpattern.types import Position
 
 
 def covariance(*, form: Literal["centred", "hybrid"] = "centred") -> Estimator:
@@ -68,27 +69,18 @@ def covariance(*, form: Literal["centred", "hybrid"] = "centred") -> Estimator:
         full = None
         if form == "hybrid":
             full = run(replace(problem, observables=(), offsets=jnp.zeros(0)), everything)
-        parts: list[tuple[int, _Part]] = []
+        parts: dict[int, Part] = {}
         for group in groups:
             chains = run(problem, group)
             for position, index in enumerate(group.ids):
                 chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
-                parts.append((index, _summarize_component(chain, full, problem, plan)))
-        ordered = [part for _, part in sorted(parts, key=lambda item: item[0])]
-        return _response(ordered, posterior, plan, problem, rows, full is not None)
+                parts[index] = _summarize_component(chain, full, problem, plan)
+        steps = plan.num_steps * (plan.batch_size or posterior.num_samples)
+        passes = plan.num_draws * problem.forward_passes / 3
+        cost = plan.num_chains * (len(parts) + (full is not None)) * (steps + passes)
+        return assemble(parts, posterior, problem, rows, cost, f"covariance ({form})")
 
     return estimate
-
-
-class _Part(NamedTuple):
-    """The rows of one component."""
-
-    chi: dict[str, Array]
-    stderr: dict[str, Array]
-    halves: dict[str, Array]
-    batches: dict[str, Array]
-    summary: Summary
-    diverged: Array
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +98,7 @@ class _CoMoments:
 
     def value(
         self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
-    ) -> tuple[Float[Array, " rows"], dict[str, Losses]]:
+    ) -> tuple[Float[Array, " rows"], dict[str, Float[Array, "..."]]]:
         del key, plan
         excess = self.problem.excess_reference(posterior, position)
         rows = self.problem.rows(posterior, position, excess)
@@ -115,7 +107,7 @@ class _CoMoments:
     def update(
         self,
         accumulator: tuple[Moments, Array],
-        value: tuple[Float[Array, " rows"], dict[str, Losses]],
+        value: tuple[Float[Array, " rows"], dict[str, Float[Array, "..."]]],
         draw: Int[Array, ""],
         alive: Bool[Array, ""],
         plan: Plan,
@@ -155,7 +147,7 @@ def _run(
     return chains
 
 
-def _summarize_component(chain: Chain, full: Chain | None, problem: Problem, plan: Plan) -> _Part:
+def _summarize_component(chain: Chain, full: Chain | None, problem: Problem, plan: Plan) -> Part:
     """χ of one component from the batches of its chains."""
     alive = chain.alive
     pooled, trace = chain.accumulator
@@ -169,14 +161,8 @@ def _summarize_component(chain: Chain, full: Chain | None, problem: Problem, pla
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pooled)
     weight = jnp.repeat(alive, plan.batches)
     chi, stderr, halves, batches = _estimate(flat, weight, problem.offsets, means)
-    traces = [
-        summarize(trace[:, :, k], num_batches=plan.batches, alive=alive)
-        for k in range(problem.num_rows)
-    ]
-    summary = jax.tree.map(lambda *x: jnp.stack(x), *traces)
-    diverged = jnp.broadcast_to(~alive, (problem.num_rows, plan.num_chains))
-    summary = summary._replace(mean=summary.mean + problem.offsets)
-    return _Part(chi, stderr, halves, batches, summary, diverged)
+    summary = summarize_rows(trace, alive, problem, plan)
+    return Part(chi, stderr, halves, batches, summary, ~alive, {})
 
 
 @jax.jit
@@ -265,46 +251,3 @@ def _mean(share, centre, *args):  # type: ignore[no-untyped-def]
 
     zero = jnp.zeros_like(args[3][0])
     return jax.lax.scan(add, zero, jnp.arange(share.shape[0]))[0]
-
-
-def _response(
-    parts: list[_Part],
-    posterior: Posterior,
-    plan: Plan,
-    problem: Problem,
-    rows: tuple[str, ...],
-    hybrid: bool,
-) -> Response:
-    """The rows of all components as one response matrix."""
-    names = tuple(problem.probe_baseline)
-    columns = sum(losses.size for losses in problem.probe_baseline.values())
-
-    def stack(field: str, axis: int) -> dict[str, Array]:
-        return {
-            name: jnp.concatenate([getattr(part, field)[name] for part in parts], axis=axis)
-            for name in names
-        }
-
-    batch = plan.batch_size or posterior.num_samples
-    chain_sets = len(parts) + hybrid
-    steps = plan.num_steps * batch
-    passes = plan.num_draws * problem.forward_passes / 3
-    return Response(
-        chi=stack("chi", 0),
-        stderr=stack("stderr", 0),
-        halves=stack("halves", 1),
-        batches=stack("batches", 1),
-        mass={
-            name: jnp.full(losses.shape, 1 / columns, losses.dtype)
-            for name, losses in problem.probe_baseline.items()
-        },
-        nbeta=posterior.nbeta,
-        mean=jnp.concatenate([part.summary.mean for part in parts]),
-        mean_stderr=jnp.concatenate([part.summary.stderr for part in parts]),
-        rhat=jnp.concatenate([part.summary.rhat for part in parts]),
-        ess=jnp.concatenate([part.summary.ess for part in parts]),
-        diverged=jnp.concatenate([part.diverged for part in parts]),
-        rows=rows,
-        cost=plan.num_chains * chain_sets * (steps + passes),
-        num_samples=columns,
-    )

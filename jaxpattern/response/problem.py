@@ -31,7 +31,7 @@ class Problem:
     observables: tuple[Callable[[Params], Float[Array, ""]], ...] | None
     offsets: Float[Array, " rows"]
     probes: dict[str, Batch]
-    probe_baseline: dict[str, Losses]
+    probe_baseline: dict[str, Float[Array, "..."]]
     reference: Minibatch
     reference_baseline: Losses
     chunk: int | None = field(metadata={"static": True})
@@ -63,7 +63,7 @@ class Problem:
 
     def columns(
         self, posterior: Posterior, position: Position, excess: Float[Array, ""]
-    ) -> dict[str, Losses]:
+    ) -> dict[str, Float[Array, "..."]]:
         """D_z(w) − D_z(w*) with D_z = ℓ_z − L, given L(w) − L(w*)."""
         params = posterior.embed(position)
         return {
@@ -253,6 +253,6 @@ def _evaluate(phi: Callable, params: Params) -> Array:
 @partial(jax.jit, static_argnums=(0, 1))
 def _baseline(
     loss_fn: Any, chunk: int, params: Params, probes: dict[str, Batch], reference: Batch
-) -> tuple[dict[str, Losses], Losses]:
+) -> tuple[dict[str, Float[Array, "..."]], Losses]:
     losses = partial(losses_in_chunks, loss_fn, params, chunk=chunk)
     return {name: losses(batch) for name, batch in probes.items()}, losses(reference)

@@ -36,15 +36,17 @@ class Response:
         rhat: rank-normalised split R-hat of each row's observable, `[K]`.
         ess: effective sample size of each row's observable, over all chains, `[K]`.
         diverged: which chains were lost, `[K, chains]`; they count in no estimate.
+        estimator: which estimator, with the settings it chose.
+        diagnostics: what an estimator says about itself, arrays with a leading row axis.
         cost: gradient equivalents spent (one forward and backward pass of one sample).
         num_samples: number of columns before any grouping.
     """
 
-    chi: dict[str, Float[Array, "rows *columns"]]
-    stderr: dict[str, Float[Array, "rows *columns"]]
-    halves: dict[str, Float[Array, "two rows *columns"]]
+    chi: dict[str, Float[Array, "rows ..."]]
+    stderr: dict[str, Float[Array, "rows ..."]]
+    halves: dict[str, Float[Array, "two rows ..."]]
     batches: dict[str, Float[Array, "batches rows"]]
-    mass: dict[str, Float[Array, "*columns"]]
+    mass: dict[str, Float[Array, "..."]]
     nbeta: Float[Array, ""]
     mean: Float[Array, " rows"]
     mean_stderr: Float[Array, " rows"]
@@ -54,6 +56,8 @@ class Response:
     rows: tuple[str, ...] = field(metadata={"static": True})
     cost: float = field(metadata={"static": True})
     num_samples: int = field(metadata={"static": True})
+    estimator: str = field(default="", metadata={"static": True})
+    diagnostics: dict[str, Float[Array, "rows ..."]] = field(default_factory=dict)
 
 
 def group_mean(response: Response, shares: Mapping[str, float] | None = None) -> Response:
