@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern.diagnostics import summarize
 from jaxpattern.posterior import Posterior
@@ -28,10 +28,10 @@ from jaxpattern.sampling import (
     as_pytree_function,
     check_alive,
     check_run,
+    position_of,
     run_chains,
     write_draw,
 )
-from jaxpattern.types import Position
 
 
 class LocalLearningCoefficient(NamedTuple):
@@ -56,8 +56,9 @@ class PairedExcessLoss:
         return jnp.zeros(plan.num_draws, posterior.weights.dtype)
 
     def value(
-        self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
+        self, posterior: Posterior, state: PyTree[Array], key: Key[Array, ""], plan: Plan
     ) -> Float[Array, ""]:
+        position = position_of(state)
         batch, weights = posterior.minibatch(key, plan.batch_size)
         excess = posterior.losses(position, batch) - posterior.losses(posterior.centre, batch)
         return jnp.sum(weights * excess) / weights.shape[0]

@@ -112,9 +112,9 @@ class Recorder(Protocol):
         """The empty accumulator."""
 
     def value(
-        self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
+        self, posterior: Posterior, state: PyTree[Array], key: Key[Array, ""], plan: Plan
     ) -> PyTree[Array]:
-        """What is computed at a draw."""
+        """What is computed at a draw; `position_of(state)` is where the chain is."""
 
     def update(
         self,
@@ -136,11 +136,15 @@ class Chain(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A sampling algorithm in one shape: state, step(key, state) and the position of a state."""
+    """A sampling algorithm in one shape: init(position, key) and step(key, state)."""
 
     init: Callable[[Position, Key[Array, ""]], PyTree[Array]]
     step: Callable[[Key[Array, ""], PyTree[Array]], PyTree[Array]]
-    position: Callable[[PyTree[Array]], Position]
+
+
+def position_of(state: PyTree[Array]) -> Position:
+    """The position in a sampler's state: its field of that name, or the state itself."""
+    return getattr(state, "position", state)
 
 
 def build_kernel(posterior: Posterior, sampler: Any, plan: Plan) -> Kernel:
@@ -186,7 +190,6 @@ def build_kernel(posterior: Posterior, sampler: Any, plan: Plan) -> Kernel:
     return Kernel(
         init=lambda position, key: algorithm.init(position, key),
         step=full_data_step if len(required) == 2 else minibatch_step,
-        position=lambda state: getattr(state, "position", state),
     )
 
 
@@ -270,8 +273,9 @@ def _draw(
             lambda i, state: kernel.step(jax.random.fold_in(streams.step, first + i), state),
             chain.state,
         )
-        position = kernel.position(state)
-        value = recorder.value(posterior, position, jax.random.fold_in(streams.record, d), plan)
+        position = position_of(state)
+        record_key = jax.random.fold_in(streams.record, d)
+        value = recorder.value(posterior, state, record_key, plan)
         alive = chain.alive & all_finite((position, value))
         return Chain(
             state=jax.tree.map(partial(jnp.where, alive), state, chain.state),
@@ -435,7 +439,7 @@ def check_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> None:
 
     def start(posterior: Posterior) -> tuple[Position, Position]:
         kernel = build_kernel(posterior, sampler, plan)
-        return posterior.centre, kernel.position(kernel.init(posterior.centre, key))
+        return posterior.centre, position_of(kernel.init(posterior.centre, key))
 
     centre, position = jax.eval_shape(start, posterior)
     if jax.tree.structure(centre) != jax.tree.structure(position):
@@ -473,10 +477,10 @@ class _Trace:
         return jax.tree.map(lambda s: jnp.zeros((plan.num_draws, *s.shape), s.dtype), shapes)
 
     def value(
-        self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
+        self, posterior: Posterior, state: PyTree[Array], key: Key[Array, ""], plan: Plan
     ) -> PyTree[Array]:
         del key, plan
-        return _arrays(self.observe(posterior.embed(position)))
+        return _arrays(self.observe(posterior.embed(position_of(state))))
 
     def update(
         self,

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern.diagnostics import summarize
 from jaxpattern.llc import PairedExcessLoss
 from jaxpattern.posterior import Posterior
 from jaxpattern.samplers import sgld
-from jaxpattern.sampling import Plan, as_pytree_function, check_run, run_chains, write_draw
-from jaxpattern.types import Params, Position
+from jaxpattern.sampling import Plan, as_pytree_function, check_run, position_of, run_chains, write_draw
+from jaxpattern.types import Params
 from jaxpattern.validation import check_number
 
 
@@ -83,10 +83,11 @@ class _Health:
         return _Reading(*(self.loss.init(posterior, plan) for _ in _Reading._fields))
 
     def value(
-        self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
+        self, posterior: Posterior, state: PyTree[Array], key: Key[Array, ""], plan: Plan
     ) -> _Reading:
+        position = position_of(state)
         loss_key, left_key, right_key, trace_key = jax.random.split(key, 4)
-        excess = self.loss.value(posterior, position, loss_key, plan)
+        excess = self.loss.value(posterior, state, loss_key, plan)
         # Independent mini-batches, so that the product of two gradients is unbiased.
         left, right = (posterior.minibatch(k, plan.batch_size) for k in (left_key, right_key))
         force = posterior.grad_estimator(position, right)

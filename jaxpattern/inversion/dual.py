@@ -26,10 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpattern.inversion.spectral import energies, gram, unit_rows, widest
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-DEBUG = True
-DEC = 1.0
-FACTOR = 10.0
-_MAX_STEPS = 600
+_MAX_PLAIN_STEPS = 30
+_MAX_STEPS = 130
 _MAX_HALVINGS = 40
 
 
@@ -98,7 +96,7 @@ class Iterate(NamedTuple):
         dual: ν.
         field: u = Aᵀν.
         miss: A (q ∘ s) − dμ, so that ∇J = miss + T ν.
-        relaxation: the share of G's diagonal that T is raised to.
+        relaxation: the share of G's diagonal that T is raised to; 0 in plain steps.
         step: Newton steps so far.
         stalled: whether rounding leaves no more to gain.
     """
@@ -115,16 +113,27 @@ class Iterate(NamedTuple):
 def dual_root(problem: Problem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]:
     """The minimiser ν of J by damped Newton steps, and whether ∇J vanishes there up to rounding.
 
-    Where dμ is out of reach, ν is of size 1/T and J has kinks on the scale of ν, among which plain
-    Newton steps lose their way. So T starts at G's diagonal and falls tenfold each time ν has
-    come near the minimum, down to its own value. Each step costs one K×K Gram matrix; the line
-    search runs on u and its direction alone. Rows are brought to unit length where sizes are
-    compared, so their units do not matter.
+    Each step costs one K×K Gram matrix; the line search runs on u and its direction alone. Rows
+    are brought to unit length where sizes are compared, so their units do not matter.
+
+    Where dμ is out of reach, ν is of size 1/T, and on that scale J has kinks, among which plain
+    steps may lose their way. The iteration then starts again with T raised to G's diagonal and
+    more, and lowers it tenfold each time ν comes near the minimum.
     """
     unit = unit_rows(energies(problem.matrix, problem.mass))
     eps = float(jnp.finfo(problem.matrix.dtype).eps)
-    goal_relaxation = jnp.max(unit**2 * problem.ridge)
     least_relaxation = jnp.min(unit**2 * problem.ridge)
+    start = Iterate(
+        dual=jnp.zeros_like(problem.shift),
+        field=jnp.zeros_like(problem.mass),
+        miss=-problem.shift,
+        relaxation=jnp.zeros((), problem.matrix.dtype),
+        step=jnp.zeros((), jnp.int32),
+        stalled=jnp.zeros((), bool),
+    )
+    relaxed_start = start._replace(
+        relaxation=jnp.maximum(jnp.max(jnp.abs(unit * problem.shift)), 1.0)
+    )
 
     def relaxed(now: Iterate) -> Problem:
         return problem._replace(ridge=jnp.maximum(problem.ridge, now.relaxation / unit**2))
@@ -142,6 +151,9 @@ def dual_root(problem: Problem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]
         """The change of ∇J when ν changes by its own rounding error."""
         return eps * jnp.max(jnp.abs(now.dual / unit))
 
+    def small(now: Iterate) -> Array:
+        return error(now) <= jnp.sqrt(eps) * scale(now) + rounding(now)
+
     def unfinished(now: Iterate) -> Array:
         done = error(now) <= 4 * eps * scale(now) + rounding(now)
         return ~done & ~now.stalled & (now.step < _MAX_STEPS)
@@ -153,33 +165,22 @@ def dual_root(problem: Problem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]
         length = _line_search(current, now.dual, now.field, gradient, direction)
         dual = now.dual + length * direction
         field = _field(problem, dual)
-        new = now._replace(dual=dual, field=field, miss=_miss(problem, field), step=now.step + 1)
 
-        near = (-jnp.sum(gradient * direction) < DEC) | (length == 0)
-        final = now.relaxation <= least_relaxation
-        new = new._replace(relaxation=jnp.where(near, now.relaxation / FACTOR, now.relaxation))
+        near = (-jnp.sum(gradient * direction) < 1) | (length == 0)
+        relaxation = jnp.where(near, now.relaxation / 10, now.relaxation)
+        moved = Iterate(dual, field, _miss(problem, field), relaxation, now.step + 1, now.stalled)
+        worse = ~(error(moved) < error(now))
+        no_gain = (length == 0) | (small(now) & ~(error(moved) < error(now) / 2))
+        stalled = (now.relaxation <= least_relaxation) & no_gain
+        stalled = stalled | ~jnp.isfinite(error(moved))
+        new = _where(stalled & worse, now, moved)._replace(step=moved.step, stalled=stalled)
 
-        close = error(now) <= jnp.sqrt(eps) * scale(now) + rounding(now)
-        no_gain = (length == 0) | (close & ~(error(new) < error(now) / 2))
-        stalled = (final & no_gain) | ~jnp.isfinite(error(new))
-        best = jax.tree.map(
-            lambda a, b: jnp.where(stalled & ~(error(new) < error(now)), a, b), now, new
-        )
-        return best._replace(stalled=stalled, step=new.step)
+        lost = (stalled | (new.step >= _MAX_PLAIN_STEPS)) & ~small(new)
+        again = lost & (now.relaxation == 0)
+        return _where(again, relaxed_start._replace(step=new.step), new)
 
-    zero = jnp.zeros_like(problem.shift)
-    field = _field(problem, zero)
-    start = Iterate(
-        dual=zero,
-        field=field,
-        miss=_miss(problem, field),
-        relaxation=jnp.maximum(jnp.maximum(goal_relaxation, 1.0),jnp.max(jnp.abs(unit*problem.shift))),
-        step=jnp.zeros((), jnp.int32),
-        stalled=jnp.zeros((), bool),
-    )
     final = jax.lax.while_loop(unfinished, newton, start)
-    converged = error(final) <= jnp.sqrt(eps) * scale(final) + 8 * rounding(final)
-    return (final.dual, converged, final.step) if DEBUG else (final.dual, converged)
+    return final.dual, error(final) <= jnp.sqrt(eps) * scale(final) + 8 * rounding(final)
 
 
 @dual_root.defjvp
@@ -220,6 +221,11 @@ def _log_mean_exp(field: Array, mass: Array) -> Array:
 def _field(problem: Problem, dual: Array) -> Array:
     """u = Aᵀν."""
     return jnp.matmul(dual, problem.matrix, precision=_HIGHEST)
+
+
+def _where(condition: Array, one: Iterate, other: Iterate) -> Iterate:
+    """One point or the other."""
+    return Iterate(*(jnp.where(condition, a, b) for a, b in zip(one, other, strict=True)))
 
 
 def _miss(problem: Problem, field: Array) -> Array:

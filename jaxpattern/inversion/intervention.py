@@ -228,7 +228,7 @@ def _half_cosine(
         matrix = nbeta * _flatten(half, constrained, nbeta.dtype)
         return method(matrix, mass, shift, noise).change
 
-    first, second = jax.lax.map(change, halves)
+    first, second = tuple(jax.lax.map(change, halves))
     overlap = jnp.sum(mass * first * second)
     norms = jnp.sqrt(jnp.sum(mass * first**2) * jnp.sum(mass * second**2))
     return jnp.where(norms > 0, overlap / jnp.where(norms > 0, norms, 1.0), jnp.nan)
@@ -357,7 +357,7 @@ def _warn_if_unreached(
         f"the weights are predicted to reach {float(intervention.reached):.1%} of the target, "
         f"and to miss it by {float(miss):.1%} of its size: {', '.join(lines)}. The rows may not "
         "be movable this far or independently, or the method's ridge or bounds hold the weights "
-        "back",
+        f"back{'' if bool(intervention.converged) else '; the method did not converge'}",
         UnreachableTarget,
         stacklevel=3,
     )

@@ -236,7 +236,8 @@ def entropic(
     ρ_j = exp((Aᵀν)_j) / Σ_i q_i exp((Aᵀν)_i), positive and normalised by construction, with ν the
     minimiser of the dual (`dual_root`) under T = τI + noise · diag(D). A shift out of reach is
     approached as near as can be; the weights then gather on few columns, which the effective
-    sample size shows and a larger T prevents.
+    sample size shows and a larger T prevents. Far out of reach, where all weight goes to one
+    column or two, `converged` may be false.
 
     Args:
         tau: τ ≥ 0, in units of G; raised to at least eps^(2/3) of G's diagonal, the default.

@@ -42,6 +42,51 @@ def summarize_rows(
     return summary._replace(mean=summary.mean + problem.offsets)
 
 
+class BatchEstimates(NamedTuple):
+    """χ, its standard error, χ of two halves and of the batches, by probe set; as in `Part`."""
+
+    chi: dict[str, Array]
+    stderr: dict[str, Array]
+    halves: dict[str, Array]
+    batches: dict[str, Array]
+
+
+def batch_estimates(
+    sums: dict[str, Float[Array, "chains batches rows *columns"]],
+    counts: Float[Array, "chains batches"],
+    alive: Bool[Array, " chains"],
+) -> BatchEstimates:
+    """Mean of a quantity summed over the draws of each batch, and the spread of the batches.
+
+    χ̂ = Σ_g n_g x_g / n and Var χ̂ = Σ_g (n_g/n)² (x_g − χ̂)² G/(G − 1) over the G batches of the
+    chains that are alive.
+    """
+    weight = jnp.repeat(alive, counts.shape[1])
+    counts = (counts * alive[:, None]).reshape(-1)
+    share = counts / jnp.sum(counts)
+    number = jnp.sum(weight)
+    first = (jnp.cumsum(weight) <= number / 2) & weight
+
+    def mean(values: Array, share: Array) -> Array:
+        return jnp.tensordot(share / jnp.sum(share), values, 1, precision="highest")
+
+    def one(sums: Array) -> tuple[Array, Array, Array, Array]:
+        flat = sums.reshape(-1, *sums.shape[2:])
+        scale = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1.0), 0.0)
+        x = flat * scale.reshape(-1, *(1,) * (flat.ndim - 1))
+        chi = mean(x, share)
+        squares = jnp.tensordot(share**2, (x - chi[None]) ** 2, 1, precision="highest")
+        stderr = jnp.sqrt(squares * number / (number - 1))
+        halves = jnp.stack([mean(x, share * first), mean(x, share * (weight & ~first))])
+        group = jnp.mean(x, axis=tuple(range(2, x.ndim)))
+        return chi, stderr, halves, jnp.where(weight[:, None], group, jnp.nan)
+
+    results = {name: one(total) for name, total in sums.items()}
+    return BatchEstimates(
+        *({name: result[i] for name, result in results.items()} for i in range(4))
+    )
+
+
 def assemble(
     parts: dict[int, Part],
     posterior: Posterior,
@@ -49,8 +94,12 @@ def assemble(
     rows: tuple[str, ...],
     cost: float,
     estimator: str,
+    grouped: bool = False,
 ) -> Response:
-    """The rows of all components, in the order the components were given."""
+    """The rows of all components, in the order the components were given.
+
+    Columns are losses, all of one mass; `grouped`: probe sets, of the mass of their losses.
+    """
     ordered = [parts[index] for index in sorted(parts)]
     names = tuple(problem.probe_baseline)
     columns = sum(losses.size for losses in problem.probe_baseline.values())
@@ -70,7 +119,9 @@ def assemble(
         halves=stack("halves", 1),
         batches=stack("batches", 1),
         mass={
-            name: jnp.full(losses.shape, 1 / columns, losses.dtype)
+            name: jnp.asarray(losses.size / columns, losses.dtype)
+            if grouped
+            else jnp.full(losses.shape, 1 / columns, losses.dtype)
             for name, losses in problem.probe_baseline.items()
         },
         nbeta=posterior.nbeta,

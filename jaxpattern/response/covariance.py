@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern import moments
 from jaxpattern.diagnostics import batch_of
@@ -31,8 +31,7 @@ from jaxpattern.posterior import Posterior
 from jaxpattern.response.assembly import Part, assemble, summarize_rows
 from jaxpattern.response.problem import ComponentGroup, Estimator, Problem
 from jaxpattern.response.result import Response
-from jaxpattern.sampling import Chain, Plan, check_alive, run_chains, write_draw
-from jaxpattern.types import Position
+from jaxpattern.sampling import Chain, Plan, check_alive, position_of, run_chains, write_draw
 
 
 def covariance(*, form: Literal["centred", "hybrid"] = "centred") -> Estimator:
@@ -97,9 +96,10 @@ class _CoMoments:
         return batched, jnp.zeros((plan.num_draws, *zero.shape), zero.dtype)
 
     def value(
-        self, posterior: Posterior, position: Position, key: Key[Array, ""], plan: Plan
+        self, posterior: Posterior, state: PyTree[Array], key: Key[Array, ""], plan: Plan
     ) -> tuple[Float[Array, " rows"], dict[str, Float[Array, "..."]]]:
         del key, plan
+        position = position_of(state)
         excess = self.problem.excess_reference(posterior, position)
         rows = self.problem.rows(posterior, position, excess)
         return rows, self.problem.columns(posterior, position, excess)

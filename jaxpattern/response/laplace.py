@@ -10,7 +10,7 @@ conjugate gradients on Hessian-vector products; the first term is one Jacobian-v
 the losses along Σ∇φ, and the trace is Hutchinson's, E_u ⟨ΣAΣu, ∇²D_z u⟩ with A = ∇²φ and u of
 random signs, two solves and one second directional derivative of all losses for each u.
 A baseline and a cross-check: w* is rarely a minimum, and the posterior rarely Gaussian.
-Sources: Koh & Liang 2017; Martin et al. (Bayesian influence), arXiv 2509.26544.
+Sources: Koh & Liang 2017 (influence functions); arXiv 2509.26544 (their Bayesian form).
 """
 
 from __future__ import annotations

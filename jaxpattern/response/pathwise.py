@@ -67,19 +67,21 @@ from tqdm import tqdm
 
 from jaxpattern.diagnostics import batch_of
 from jaxpattern.posterior import Minibatch, Posterior
-from jaxpattern.response.assembly import Part, assemble, summarize_rows
+from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.problem import ComponentGroup, Estimator, Problem
-from jaxpattern.response.result import Response
+from jaxpattern.response.result import Response, group_mean
+from jaxpattern.response.step import GivenGradient, floats_of
+from jaxpattern.response.tangent import tangent_cost, tangent_response
 from jaxpattern.samplers import relaxation_steps
 from jaxpattern.sampling import (
-    Kernel,
     Plan,
     all_finite,
     build_kernel,
     chain_keys,
     check_alive,
     over_chains,
+    position_of,
     streams_of,
 )
 from jaxpattern.types import Position
@@ -99,6 +101,8 @@ def pathwise(
     every: int | None = None,
     growth_limit: float = 10.0,
     on_growth: Literal["truncate", "covariance"] = "truncate",
+    mode: Literal["adjoint", "tangent", "auto"] = "adjoint",
+    probe_batch: int | None = None,
 ) -> Estimator:
     """The pathwise estimator of χ: nβ χ_z = E Σ_t ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, c_t the chain's adjoint.
 
@@ -121,6 +125,13 @@ def pathwise(
         growth_limit: how far past what a contracting chain could reach the adjoint may grow.
         on_growth: `"truncate"` cuts the sweep there and says so; `"covariance"` measures a
             component in which that happened by `covariance()` instead, on chains of the same key.
+        mode: `"adjoint"` gives a column a loss, at a cost that grows with the number of rows of a
+            component. `"tangent"` runs forwards with one tangent a probe set and gives a column a
+            probe set, as `group_mean` does, at a cost that grows with the number of probe sets;
+            it cuts no window and stores no states. `"auto"` gives a column a probe set by
+            whichever is cheaper; `Response.estimator` says which.
+        probe_batch: samples of each probe set, and of the reference, drawn afresh at each step
+            in tangent mode; None: all of them.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -132,6 +143,10 @@ def pathwise(
         if value is not None:
             check_count(name, value, minimum=1)
     check_number("growth_limit", growth_limit, minimum=1.0)
+    if mode not in ("adjoint", "tangent", "auto"):
+        raise ValueError(f"mode must be 'adjoint', 'tangent' or 'auto', got {mode!r}")
+    if probe_batch is not None:
+        check_count("probe_batch", probe_batch, minimum=1)
     if on_growth not in ("truncate", "covariance"):
         raise ValueError(f"on_growth must be 'truncate' or 'covariance', got {on_growth!r}")
 
@@ -145,7 +160,23 @@ def pathwise(
         rows: tuple[str, ...],
         progress: bool,
     ) -> Response:
+        if mode == "tangent":
+            return tangent_response(
+                key, posterior, sampler, plan, problem, groups, rows, probe_batch, progress
+            )
         layout = _layout(posterior, sampler, plan, window, every)
+        if mode == "auto":
+            forwards = tangent_cost(posterior, plan, problem, probe_batch, len(rows) // problem.num_rows)
+            chosen = "tangent" if forwards < _cost(posterior, plan, problem, layout, len(rows) // problem.num_rows) else "adjoint"
+            response = pathwise(
+                window=window,
+                every=every,
+                growth_limit=growth_limit,
+                on_growth=on_growth,
+                mode=chosen,
+                probe_batch=probe_batch,
+            )(key, posterior, sampler, plan, problem, groups, rows, progress)
+            return response if chosen == "tangent" else group_mean(response)
         parts: dict[int, Part] = {}
         for group in groups:
             chains = _run(
@@ -247,41 +278,6 @@ def _layout(
     most = max(1, plan.num_draws // plan.batches)
     draws = max(m for m in range(1, plan.num_draws + 1) if plan.num_draws % m == 0 and m <= min(wanted, most))
     return _Layout(window, every, plan.thin, draws, plan.num_draws // draws)
-
-
-@dataclass(frozen=True)
-class _GivenGradient:
-    """A posterior whose gradient is what stands in the place of the mini-batch."""
-
-    posterior: Posterior
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.posterior, name)
-
-    def loss_gradient(self, position: Position, minibatch: Position) -> Position:
-        return minibatch
-
-    def grad_estimator(self, position: Position, minibatch: Position) -> Position:
-        return self.posterior.drift(position, minibatch)
-
-
-class _Floats(NamedTuple):
-    """The floating-point leaves of a state, and how to put them back."""
-
-    leaves: list[Array]
-    rebuild: Callable[[list[Array]], PyTree[Array]]
-
-
-def _floats(state: PyTree[Array]) -> _Floats:
-    leaves, treedef = jax.tree.flatten(state)
-    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-    def rebuild(floats: list[Array]) -> PyTree[Array]:
-        values = iter(floats)
-        merged = [next(values) if f else leaf for f, leaf in zip(inexact, leaves, strict=True)]
-        return jax.tree.unflatten(treedef, merged)
-
-    return _Floats([leaf for leaf, f in zip(leaves, inexact, strict=True) if f], rebuild)
 
 
 class _Chain(NamedTuple):
@@ -386,10 +382,10 @@ def _segment(
     )
     states = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), chain.buffer, states)
     rows, values, total, sweep, tail = _sweep_back(
-        posterior, kernel, sampler, plan, problem, layout, growth_limit, states, state, stop,
+        posterior, sampler, plan, problem, layout, growth_limit, states, state, stop,
         streams.step, jax.random.fold_in(shared_key, index),
     )  # fmt: skip
-    alive = chain.alive & all_finite((kernel.position(state), values, total))
+    alive = chain.alive & all_finite((position_of(state), values, total))
     batch = batch_of(index, layout.num_segments, plan.batches)
     add = partial(jnp.where, alive)
     return _Chain(
@@ -412,7 +408,6 @@ def _segment(
 
 def _sweep_back(
     posterior: Posterior,
-    kernel: Kernel,
     sampler: Any,
     plan: Plan,
     problem: Problem,
@@ -425,21 +420,15 @@ def _sweep_back(
     shared_key: Key[Array, ""],
 ) -> tuple[Array, Array, dict[str, Array], _Sweep, Array]:
     """The adjoint of the draws in the buffer, and what it says of every probe."""
-    given = sampler(_GivenGradient(posterior))
-    floats_of_last = _floats(last)
+    given = sampler(GivenGradient(posterior))
+    floats_of_last = floats_of(last)
 
     def phi(state: PyTree[Array]) -> Array:
-        position = kernel.position(state)
-        excess = (
-            problem.excess_reference(posterior, position)
-            if problem.observables is None
-            else jnp.zeros((), problem.offsets.dtype)
-        )
-        return problem.rows(posterior, position, excess)
+        return problem.rows_at(posterior, position_of(state))
 
     def source(state: PyTree[Array]) -> tuple[Array, list[Array]]:
         """φ − φ(w*) and ∂φ/∂s of all rows."""
-        floats = _floats(state)
+        floats = floats_of(state)
         values, pull = jax.vjp(lambda leaves: phi(floats.rebuild(leaves)), floats.leaves)
         (gradients,) = jax.vmap(pull)(jnp.eye(problem.num_rows, dtype=values.dtype))
         return values, gradients
@@ -451,17 +440,17 @@ def _sweep_back(
         key = jax.random.fold_in(step_key, t)
         batch_key, noise_key = jax.random.split(key)
         minibatch = posterior.minibatch(batch_key, plan.batch_size)
-        floats = _floats(state)
+        floats = floats_of(state)
         gradient, hessian = jax.linearize(
-            lambda w: posterior.loss_gradient(w, minibatch), kernel.position(state)
+            lambda w: posterior.loss_gradient(w, minibatch), position_of(state)
         )
 
         def move(leaves: list[Array], gradient: Position) -> list[Array]:
-            return _floats(given.step(noise_key, floats.rebuild(leaves), gradient)).leaves
+            return floats_of(given.step(noise_key, floats.rebuild(leaves), gradient)).leaves
 
         _, pull = jax.vjp(move, floats.leaves, gradient)
         _, pull_position = jax.vjp(
-            lambda leaves: kernel.position(floats.rebuild(leaves)), floats.leaves
+            lambda leaves: position_of(floats.rebuild(leaves)), floats.leaves
         )
 
         def one(adjoint: list[Array]) -> tuple[list[Array], Position]:
@@ -473,7 +462,7 @@ def _sweep_back(
 
     def norm(adjoint: list[Array]) -> Array:
         """‖λ‖ of the position, by row."""
-        return jax.vmap(lambda leaves: optax.tree.norm(kernel.position(floats_of_last.rebuild(leaves))))(adjoint)
+        return jax.vmap(lambda leaves: optax.tree.norm(position_of(floats_of_last.rebuild(leaves))))(adjoint)
 
     def block(sweep: _Sweep, x: Any) -> tuple[_Sweep, tuple[Array, Array]]:
         states, times, draw_after, chosen, in_tail = x
@@ -497,10 +486,10 @@ def _sweep_back(
             adjoint = jax.tree.map(partial(jnp.where, real), before, adjoint)
             pick = i == chosen
             push = jax.tree.map(lambda c, old: jnp.where(pick & real, c, old), now, push)
-            position = jax.tree.map(partial(jnp.where, pick), kernel.position(state), position)
+            position = jax.tree.map(partial(jnp.where, pick), position_of(state), position)
             return (adjoint, push, position), None
 
-        after = kernel.position(sweep.after)
+        after = position_of(sweep.after)
         zero = jax.tree.map(lambda w: jnp.zeros((problem.num_rows, *w.shape), w.dtype), after)
         start = (sweep.adjoint, zero, after)
         (adjoint, push, position), _ = jax.lax.scan(
@@ -623,29 +612,7 @@ def _run(
 def _summarize_component(chain: _Chain, problem: Problem, plan: Plan, layout: _Layout) -> Part:
     """χ of one component: means of the batches of its chains, and their spread."""
     alive = chain.alive
-    weight = jnp.repeat(alive, plan.batches)
-    counts = (chain.counts * alive[:, None]).reshape(-1)
-    share = counts / jnp.sum(counts)
-    number = jnp.sum(weight)
-    first = (jnp.cumsum(weight) <= number / 2) & weight
-
-    def by_batch(sums: Array) -> Array:
-        flat = sums.reshape(-1, *sums.shape[2:])
-        scale = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1.0), 0.0)
-        return flat * scale.reshape(-1, *(1,) * (flat.ndim - 1))
-
-    def mean(values: Array, share: Array) -> Array:
-        return jnp.tensordot(share / jnp.sum(share), values, 1, precision="highest")
-
-    chi, stderr, halves, batches = {}, {}, {}, {}
-    for name, sums in chain.sums.items():
-        x = by_batch(sums)
-        chi[name] = mean(x, share)
-        squares = jnp.tensordot(share**2, (x - chi[name][None]) ** 2, 1, precision="highest")
-        stderr[name] = jnp.sqrt(squares * number / (number - 1))
-        halves[name] = jnp.stack([mean(x, share * first), mean(x, share * (weight & ~first))])
-        group = jnp.mean(x, axis=tuple(range(2, x.ndim)))
-        batches[name] = jnp.where(weight[:, None], group, jnp.nan)
+    chi, stderr, halves, batches = batch_estimates(chain.sums, chain.counts, alive)
     lost = alive.sum()
     diagnostics = {
         "tail": jnp.sum(jnp.where(alive[:, None, None], chain.tail, 0.0), axis=0) / lost,
@@ -688,12 +655,9 @@ def _cost(
     sweeps = layout.num_segments
     probes = sum(losses.shape[0] for losses in problem.probe_baseline.values())
     probes += problem.reference_baseline.shape[0]
-    observed = sum(getattr(phi, "num_samples", 0) for phi in problem.observables or ())
-    if problem.observables is None:
-        observed = problem.reference_baseline.shape[0]
     return plan.num_chains * components * (
         plan.num_steps * batch
         + sweeps * layout.length * batch * (1 + 2 * rows)
         + sweeps * layout.blocks * probes * (1 + 2 * rows) / 3
-        + plan.num_draws * observed
+        + plan.num_draws * problem.observed_samples
     )

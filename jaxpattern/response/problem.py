@@ -61,6 +61,13 @@ class Problem:
         values = [jnp.asarray(phi(params), excess.dtype) for phi in self.observables]
         return jnp.stack(values) - self.offsets
 
+    def rows_at(self, posterior: Posterior, position: Position) -> Float[Array, " rows"]:
+        """φ(w) − φ(w*); L is evaluated only where it is the row."""
+        excess = jnp.zeros((), self.offsets.dtype)
+        if self.observables is None:
+            excess = self.excess_reference(posterior, position)
+        return self.rows(posterior, position, excess)
+
     def columns(
         self, posterior: Posterior, position: Position, excess: Float[Array, ""]
     ) -> dict[str, Float[Array, "..."]]:
@@ -74,11 +81,18 @@ class Problem:
         }
 
     @property
+    def observed_samples(self) -> int:
+        """Samples behind the rows; only observables that count theirs are counted."""
+        if self.observables is None:
+            return self.reference_baseline.shape[0]
+        return sum(getattr(phi, "num_samples", 0) for phi in self.observables)
+
+    @property
     def forward_passes(self) -> int:
-        """Samples passed forward in one evaluation; of observables only those that count them."""
-        counted = sum(getattr(phi, "num_samples", 0) for phi in self.observables or ())
+        """Samples passed forward at a draw of the covariance estimator."""
+        observed = 0 if self.observables is None else self.observed_samples
         probes = sum(losses.shape[0] for losses in self.probe_baseline.values())
-        return counted + probes + self.reference_baseline.shape[0]
+        return observed + probes + self.reference_baseline.shape[0]
 
 
 class ComponentGroup(NamedTuple):
