@@ -13,16 +13,6 @@ from jaxpattern.inversion import (
     solve_weights,
     truncated,
 )
-from jaxpattern.inversion import (
-    Intervention,
-    UnreachableTarget,
-    box,
-    entropic,
-    least_norm,
-    ridge,
-    solve_weights,
-    truncated,
-)
 from jaxpattern.llc import LocalLearningCoefficient, llc
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict

@@ -32,7 +32,8 @@ def response_matrix(response: Response, *, ax: Axes | None = None, unit: str = "
     """A heat map of nβ q χ: the shift of each row when a probe set's relative weight rises by 1.
 
     Each cell holds the value and its standard error; those within two standard errors of zero are
-    in grey. Colours are symmetric about zero.
+    in grey. Colours are symmetric about zero. Where rows and columns have the
+    same names they come in the same order.
 
     Args:
         response: from `group_mean`.
@@ -45,6 +46,8 @@ def response_matrix(response: Response, *, ax: Axes | None = None, unit: str = "
     names = tuple(response.chi)
     if any(np.ndim(response.chi[name]) != 1 for name in names):
         raise ValueError("response has a column for each loss; give group_mean(response)")
+    if set(names) == set(response.rows):
+        names = response.rows
     factor = np.array([float(response.nbeta) * float(response.mass[name]) for name in names])
     shift = np.stack([np.asarray(response.chi[name]) for name in names], axis=1) * factor
     error = np.stack([np.asarray(response.stderr[name]) for name in names], axis=1) * factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,24 @@ class Minibatch(NamedTuple):
 
     batch: Batch
     weights: Float[Array, "samples *tokens"]
+
+
+@runtime_checkable
+class Target(Protocol):
+    """What a stochastic-gradient sampler asks of a posterior."""
+
+    nbeta: Any
+    localization: Any
+
+    @property
+    def centre(self) -> Position:
+        """The position of w*."""
+
+    def loss_gradient(self, position: Position, minibatch: Any) -> Position:
+        """An estimate of ∇L(w)."""
+
+    def grad_estimator(self, position: Position, minibatch: Any) -> Position:
+        """An estimate of ∇ log p(w)."""
 
 
 @jax.tree_util.register_dataclass

@@ -21,7 +21,7 @@ from blackjax.util import generate_gaussian_noise
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.posterior import Posterior, Target
 from jaxpattern.types import Position
 from jaxpattern.validation import check_number, is_concrete
 
@@ -46,10 +46,10 @@ def sgld(*, step_size: float | Float[Array, ""]) -> Partial:
     return Partial(_sgld, step_size=step_size)
 
 
-def _sgld(posterior: Posterior, *, step_size: Any) -> SamplingAlgorithm:
+def _sgld(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
     algorithm = blackjax.sgld(posterior.grad_estimator)
 
-    def step(key: Key[Array, ""], position: Position, minibatch: Minibatch) -> Position:
+    def step(key: Key[Array, ""], position: Position, minibatch: Any) -> Position:
         return algorithm.step(key, position, minibatch, step_size / 2)
 
     return SamplingAlgorithm(algorithm.init, step)
@@ -106,16 +106,16 @@ def rmsprop_sgld(
     )
 
 
-def _rmsprop_corrected(posterior: Posterior, **settings: Any) -> SamplingAlgorithm:
+def _rmsprop_corrected(posterior: Target, **settings: Any) -> SamplingAlgorithm:
     return _rmsprop(posterior, bias_correction=True, **settings)
 
 
-def _rmsprop_uncorrected(posterior: Posterior, **settings: Any) -> SamplingAlgorithm:
+def _rmsprop_uncorrected(posterior: Target, **settings: Any) -> SamplingAlgorithm:
     return _rmsprop(posterior, bias_correction=False, **settings)
 
 
 def _rmsprop(
-    posterior: Posterior,
+    posterior: Target,
     *,
     step_size: Any,
     decay: Any,
@@ -129,7 +129,7 @@ def _rmsprop(
         square = jax.tree.map(lambda w: jnp.full_like(w, initial_square), position)
         return RmspropState(position, square, jnp.zeros((), jnp.int32))
 
-    def step(key: Key[Array, ""], state: RmspropState, minibatch: Minibatch) -> RmspropState:
+    def step(key: Key[Array, ""], state: RmspropState, minibatch: Any) -> RmspropState:
         position, square, num_steps = state
         gradient = posterior.loss_gradient(position, minibatch)
         square = jax.tree.map(lambda v, g: decay * v + (1 - decay) * g**2, square, gradient)
@@ -171,13 +171,13 @@ def sgnht(
     return Partial(_sgnht, step_size=step_size, friction=friction)
 
 
-def _sgnht(posterior: Posterior, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
+def _sgnht(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
     algorithm = blackjax.sgnht(posterior.grad_estimator, alpha=friction)
 
     def init(position: Position, rng_key: Key[Array, ""]) -> Any:
         return blackjax.sgmcmc.sgnht.init(position, rng_key, jnp.asarray(friction, float))
 
-    def step(key: Key[Array, ""], state: Any, minibatch: Minibatch) -> Any:
+    def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
         return algorithm.step(key, state, minibatch, jnp.sqrt(step_size / 2))
 
     return SamplingAlgorithm(init, step)

@@ -140,6 +140,7 @@ class Kernel(NamedTuple):
 
     init: Callable[[Position, Key[Array, ""]], PyTree[Array]]
     step: Callable[[Key[Array, ""], PyTree[Array]], PyTree[Array]]
+    takes_minibatch: bool
 
 
 def position_of(state: PyTree[Array]) -> Position:
@@ -190,6 +191,7 @@ def build_kernel(posterior: Posterior, sampler: Any, plan: Plan) -> Kernel:
     return Kernel(
         init=lambda position, key: algorithm.init(position, key),
         step=full_data_step if len(required) == 2 else minibatch_step,
+        takes_minibatch=len(required) == 3,
     )
 
 
@@ -294,11 +296,11 @@ def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
 def over_chains(function: Callable, posterior: Posterior, restrictions: Any) -> Callable:
     """Vmap of a one-chain function over components (leading) and chains."""
 
-    def one_chain(restriction: Restriction | None, *args: Any) -> Chain:
+    def one_chain(restriction: Restriction | None, *args: Any) -> Any:
         component = posterior if restriction is None else replace(posterior, restriction=restriction)
         return function(component, *args)
 
-    def mapped(*args: Any) -> Chain:
+    def mapped(*args: Any) -> Any:
         chains = jax.vmap(one_chain, in_axes=(None, *(0 for _ in args)))
         return jax.vmap(chains)(restrictions, *args)
 
@@ -339,6 +341,17 @@ def chain_keys(
     return jax.vmap(lambda component: fold(component, chains))(components)
 
 
+def _settle(posterior: Posterior) -> Posterior:
+    """The posterior without Python numbers and weak types, for which all is compiled again."""
+    dtype = posterior.weights.dtype
+    return replace(
+        posterior,
+        params=jax.tree.map(lambda x: jnp.asarray(x, x.dtype), posterior.params),
+        nbeta=jnp.asarray(posterior.nbeta, dtype),
+        localization=jnp.asarray(posterior.localization, dtype),
+    )
+
+
 def run_chains(
     key: Key[Array, ""],
     posterior: Posterior,
@@ -368,11 +381,12 @@ def run_chains(
     Returns:
         A `Chain` whose leaves have leading axes `[component, chain]`.
     """
+    posterior = _settle(posterior)
     keys = chain_keys(key, component_ids, plan.num_chains)
     chains = _start_all(posterior, restrictions, sampler, recorder, keys, plan)
     burn = partial(_burn_all, posterior, restrictions, sampler)
     draw = partial(_draw_all, posterior, restrictions, sampler, recorder)
-    arguments = jax.tree.leaves((key, posterior, sampler, recorder))
+    arguments = jax.tree.leaves((key, posterior, restrictions, sampler, recorder))
     if not progress or not all(map(is_concrete, arguments)):
         chains = burn(chains, keys, None, plan, (0, plan.num_burnin))
         return draw(chains, keys, None, plan, (0, plan.num_draws))

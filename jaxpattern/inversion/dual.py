@@ -56,14 +56,16 @@ class Box(NamedTuple):
         return gram(matrix, jnp.where(self._inside(field), mass, 0.0))
 
     def _inside(self, field: Array) -> Array:
-        return (field > self.least) & (field < self.most)
+        inside: Array = (field > self.least) & (field < self.most)
+        return inside
 
 
 class Entropic(NamedTuple):
     """Ω = Σ_j q_j ρ_j log ρ_j with Σ_j q_j s_j = 0: ρ_j = exp(u_j) / Σ_i q_i exp(u_i)."""
 
     def change(self, field: Array, mass: Array) -> Array:
-        return jnp.expm1(field - _log_mean_exp(field, mass))
+        change: Array = jnp.expm1(field - _log_mean_exp(field, mass))
+        return change
 
     def hessian(self, matrix: Array, field: Array, mass: Array) -> Array:
         share = mass * jnp.exp(field - _log_mean_exp(field, mass))

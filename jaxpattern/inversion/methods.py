@@ -290,7 +290,8 @@ def _least_penalty(energy: Array) -> Array:
     in reach loses a share of eps^(2/3) times the condition number of the rows.
     """
     share = float(jnp.finfo(energy.dtype).eps) ** (2 / 3)
-    return jax.lax.stop_gradient(share / unit_rows(energy) ** 2)
+    least: Array = jax.lax.stop_gradient(share / unit_rows(energy) ** 2)
+    return least
 
 
 def _linear(matrix: Array, nu: Array) -> Solution:

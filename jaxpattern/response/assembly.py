@@ -124,7 +124,7 @@ def assemble(
             else jnp.full(losses.shape, 1 / columns, losses.dtype)
             for name, losses in problem.probe_baseline.items()
         },
-        nbeta=posterior.nbeta,
+        nbeta=jnp.asarray(posterior.nbeta, posterior.weights.dtype),
         mean=summary.mean,
         mean_stderr=summary.stderr,
         rhat=summary.rhat,

@@ -160,6 +160,11 @@ def pathwise(
         rows: tuple[str, ...],
         progress: bool,
     ) -> Response:
+        if not build_kernel(posterior, sampler, plan).takes_minibatch:
+            raise TypeError(
+                "pathwise needs a sampler whose step takes (key, state, minibatch) and is smooth; "
+                "a Metropolis kernel such as mala is not: use estimator=covariance()"
+            )
         if mode == "tangent":
             return tangent_response(
                 key, posterior, sampler, plan, problem, groups, rows, probe_batch, progress
@@ -572,7 +577,7 @@ def _start_all(posterior, restrictions, sampler, problem, keys, plan, layout):  
 def _segment_all(  # type: ignore[no-untyped-def]
     posterior, restrictions, sampler, problem, growth_limit, chains, keys, key, index, plan, layout
 ):
-    def segment(p: Posterior, chain: _Chain, chain_key: Array) -> _Chain:
+    def segment(p: Posterior, chain: _Chain, chain_key: Key[Array, ""]) -> _Chain:
         return _segment(p, sampler, plan, problem, layout, growth_limit, chain, chain_key, key, index)
 
     return over_chains(segment, posterior, restrictions)(chains, keys)
@@ -590,7 +595,6 @@ def _run(
     progress: bool,
 ) -> _Chain:
     """All chains of a group of components."""
-    build_kernel(posterior, sampler, plan)
     keys = chain_keys(key, group.ids, plan.num_chains)
     # Chains fold in small numbers; the shared choices of steps take the largest.
     shared = jax.random.fold_in(key, 2**32 - 1)

@@ -42,22 +42,23 @@ class Response:
         num_samples: number of columns before any grouping.
     """
 
-    chi: dict[str, Float[Array, "rows ..."]]
-    stderr: dict[str, Float[Array, "rows ..."]]
-    halves: dict[str, Float[Array, "two rows ..."]]
-    batches: dict[str, Float[Array, "batches rows"]]
+    # What vmap returns is a stack of responses, with leading axes everywhere.
+    chi: dict[str, Float[Array, "..."]]
+    stderr: dict[str, Float[Array, "..."]]
+    halves: dict[str, Float[Array, "..."]]
+    batches: dict[str, Float[Array, "*stack batches rows"]]
     mass: dict[str, Float[Array, "..."]]
-    nbeta: Float[Array, ""]
-    mean: Float[Array, " rows"]
-    mean_stderr: Float[Array, " rows"]
-    rhat: Float[Array, " rows"]
-    ess: Float[Array, " rows"]
-    diverged: Bool[Array, "rows chains"]
+    nbeta: Float[Array, "*stack"]
+    mean: Float[Array, "*stack rows"]
+    mean_stderr: Float[Array, "*stack rows"]
+    rhat: Float[Array, "*stack rows"]
+    ess: Float[Array, "*stack rows"]
+    diverged: Bool[Array, "*stack rows chains"]
     rows: tuple[str, ...] = field(metadata={"static": True})
     cost: float = field(metadata={"static": True})
     num_samples: int = field(metadata={"static": True})
     estimator: str = field(default="", metadata={"static": True})
-    diagnostics: dict[str, Float[Array, "rows ..."]] = field(default_factory=dict)
+    diagnostics: dict[str, Float[Array, "..."]] = field(default_factory=dict)
 
 
 def group_mean(response: Response, shares: Mapping[str, float] | None = None) -> Response:

@@ -50,7 +50,7 @@ class TangentSampler:
 
     def __call__(self, posterior: Posterior) -> SamplingAlgorithm:
         algorithm, given = self.sampler(posterior), self.sampler(GivenGradient(posterior))
-        groups = [Minibatch(batch, None) for batch in self.problem.probes.values()]
+        groups = [Minibatch(batch, None) for _, batch in sorted(self.problem.probes.items())]
 
         def init(position: Position, rng_key: Key[Array, ""]) -> TangentState:
             state = jax.tree.map(jnp.asarray, algorithm.init(position, rng_key))
@@ -72,7 +72,8 @@ class TangentSampler:
             )
 
         def step(key: Key[Array, ""], state: TangentState, minibatch: Minibatch) -> TangentState:
-            noise_key, tilt_key = jax.random.split(key)
+            # The step keeps the key it would have had: the chain is the plain sampler's, bit for bit.
+            tilt_key = jax.random.fold_in(key, 1)
             position, inner, tangents = state
             floats = floats_of(inner)
             gradient, hessian = jax.linearize(
@@ -80,7 +81,7 @@ class TangentSampler:
             )
 
             def move(leaves: list[Array], gradient: Position) -> tuple[list[Array], Any]:
-                moved = given.step(noise_key, floats.rebuild(leaves), gradient)
+                moved = given.step(key, floats.rebuild(leaves), gradient)
                 return floats_of(moved).leaves, moved
 
             def tangent_position(tangent: list[Array]) -> Position:
@@ -203,7 +204,7 @@ def tangent_response(
         for position, index in enumerate(group.ids):
             chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
             total = chain.accumulator
-            sums = {name: total.sums[..., g] for g, name in enumerate(problem.probes)}
+            sums = {name: total.sums[..., g] for g, name in enumerate(sorted(problem.probes))}
             estimates = batch_estimates(sums, total.counts, chain.alive)
             summary = summarize_rows(total.trace, chain.alive, problem, plan)
             parts[index] = Part(*estimates, summary, ~chain.alive, {})

@@ -1,0 +1,140 @@
+"""Figures: that they are drawn without a warning, say what they show, and are not blank."""
+
+import builtins
+import importlib
+import io
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import jaxpattern as jp
+from jaxpattern import plot
+from jaxpattern.inversion.intervention import solve_weights
+
+SOURCES = ("prose", "code", "tables")
+
+
+def render(figure):
+    """The figure as pixels; drawing is where most warnings come from."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="rgba", dpi=60)
+    pixels = np.frombuffer(stream.getvalue(), np.uint8)
+    assert pixels.size > 4 * 200 * 100 and len(np.unique(pixels)) > 10
+    return figure
+
+
+def texts(figure):
+    return "\n".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
+
+
+def make_response(columns=(), rows=("prose", "code"), scale=1e-3):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)  # noqa: E731
+    K, size = len(rows), int(np.prod(columns, dtype=int))
+    share = jnp.full(columns, 1 / (3 * size), jnp.float32)
+    return jp.Response(
+        chi={s: draw(K, *columns) for s in SOURCES},
+        stderr={s: 0.2 * jnp.abs(draw(K, *columns)) for s in SOURCES},
+        halves={s: draw(2, K, *columns) for s in SOURCES},
+        batches={s: draw(8, K) for s in SOURCES},
+        mass=dict.fromkeys(SOURCES, share),
+        nbeta=jnp.float32(30.0),
+        mean=draw(K), mean_stderr=draw(K), rhat=jnp.ones(K), ess=jnp.ones(K),
+        diverged=jnp.zeros((K, 4), bool), rows=rows, cost=1.0, num_samples=3 * size,
+        **EXTRA,
+    )  # fmt: skip
+
+
+# Fields of a response that figures do not look at.
+EXTRA = {
+    name: value
+    for name, value in {"diagnostics": {}, "estimator": "covariance"}.items()
+    if name in jp.Response.__dataclass_fields__
+}
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 1e-3, 1.0])
+def test_response_matrix_holds_values_and_errors(scale):
+    response = make_response(scale=scale)
+    figure = render(plot.response_matrix(response))
+    written = texts(figure)
+    assert all(name in written for name in (*SOURCES, *response.rows))
+    assert written.count("±") == 6
+    if scale == 1.0:
+        value = float(10 * response.chi["code"][1])
+        assert f"{value:+.2f}" in written
+    image = figure.axes[0].images[0]
+    assert image.norm.vmin == -image.norm.vmax
+
+
+def test_response_matrix_wants_a_grouped_response():
+    with pytest.raises(ValueError, match=r"give group_mean\(response\)"):
+        plot.response_matrix(make_response(columns=(5,)))
+
+
+@pytest.mark.parametrize("columns", [(), (5,), (5, 4)])
+def test_weights_are_bars(columns):
+    solution = solve_weights(make_response(columns), {"prose": -1e-3}, method=jp.ridge(0.0))
+    figure = render(plot.weights(solution))
+    assert len(figure.axes[0].patches) == 3
+    means = [f"{float(jnp.mean(solution.weights[s])):.2f}" for s in SOURCES]
+    assert all(mean in texts(figure) for mean in means)
+
+
+def test_shifts_show_both_and_the_target():
+    predicted, realised = {"a": -0.01, "b": 0.002}, {"b": 0.001, "a": -0.008}
+    errors = ({"a": 0.001, "b": 0.001}, {"a": 0.002, "b": 0.0005})
+    figure = render(plot.shifts(predicted, realised, errors, target={"b": 0.0}))
+    for word in ("predicted", "realised", "target", "10⁻³ nats", "95 %"):
+        assert word in texts(figure)
+    render(plot.shifts(predicted, realised, unit="bits"))
+    with pytest.raises(ValueError, match="must have the same rows"):
+        plot.shifts(predicted, {"a": 0.0})
+
+
+def test_figures_fit_axes_that_are_given():
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    response = make_response()
+    assert plot.response_matrix(response, ax=left) is figure
+    solution = solve_weights(response, {"prose": -1e-3}, method=jp.ridge(0.0))
+    assert plot.weights(solution, ax=middle) is figure
+    assert plot.shifts(solution.predicted_shift, {"prose": 0.0, "code": 0.0}, ax=right) is figure
+    render(figure)
+
+
+@pytest.mark.parametrize("settings", [1, 5])
+def test_sweep_marks_what_is_wrong(settings):
+    rng = np.random.default_rng(1)
+    healthy = np.arange(settings) != 4
+    llc = np.where(healthy, 3.0 + np.arange(settings), np.nan)
+    trace = llc[:, None, None] + rng.normal(size=(settings, 2, 30))
+    unknown = np.full(settings, np.nan)
+    result = jp.Sweep(
+        step_size=np.geomspace(1e-4, 1e-3, settings),
+        nbeta=np.where(np.arange(settings) % 2, 100.0, 30.0),
+        localization=np.full(settings, 300.0),
+        llc=llc, stderr=np.full(settings, 0.1), rhat=np.ones(settings), temperature=unknown,
+        kept=unknown, trace=trace, healthy=healthy,
+        problems=tuple(() if ok else ("all chains turned non-finite",) for ok in healthy),
+    )  # fmt: skip
+    figure = render(plot.sweep(result))
+    assert texts(figure).count("healthy") == healthy.sum()
+    assert ("all chains turned non-finite" in texts(figure)) == (settings == 5)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "jaxpattern.plot")
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r'pip install "jaxpattern\[plot\]"'):
+        importlib.import_module("jaxpattern.plot")

@@ -1,0 +1,94 @@
+"""The quickstart: what it writes, and what it says to bad arguments."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from jaxpattern.data import text
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(quickstart, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart") / "new" / "folder"
+    return quickstart.main(["--quick", "--out", str(out)]), out
+
+
+def test_it_writes_a_picture_and_the_weights(run):
+    result, out = run
+    assert {path.name for path in out.iterdir()} == {"quickstart.png", "weights.json"}
+    image = matplotlib.image.imread(out / "quickstart.png")
+    height, width, _ = image.shape
+    assert width > 1000 and height > 300 and image[..., :3].std() > 0.05
+    written = json.loads((out / "weights.json").read_text())
+    assert written["weights"] == result["weights"]
+
+
+def test_the_weights_are_a_mixture(run):
+    result, _ = run
+    weights = result["weights"]
+    assert set(weights) <= set(text.SOURCES) and len(weights) >= 2
+    assert min(weights.values()) >= 0
+    assert sum(weights.values()) / len(weights) == pytest.approx(1, abs=1e-4)
+    assert 0 < result["effective_sample_share"] <= 1 + 1e-6
+
+
+def test_the_file_says_what_was_asked_predicted_and_found(run):
+    _, out = run
+    written = json.loads((out / "weights.json").read_text())
+    sources = set(written["weights"])
+    for kind in ("predicted_shift", "realised_shift", "retrained_shift"):
+        assert set(written[kind]) == sources
+        for entry in written[kind].values():
+            assert math.isfinite(entry["value"]) and entry["stderr"] >= 0
+    assert len(written["target"]) == 2 and min(written["target"].values()) < 0
+    assert len(written["data_sha256"]) == 64
+    assert written["settings"]["quick"] is True and written["settings"]["seed"] == 0
+
+
+def test_your_own_folder(quickstart, tmp_path, capfd):
+    corpus = text.python_corpus(40_000, min_bytes=20_000)
+    for name in ("library", "docstrings"):
+        for i, document in enumerate(corpus[name]):
+            path = tmp_path / "text" / name / f"{i}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(document)
+    options = ["--text", str(tmp_path / "text"), "--lower", "library", "--hold", "docstrings"]
+    out = tmp_path / "out"
+    result = quickstart.main(["--quick", "--out", str(out), "--by", "1e-5", "--seed", "1", *options])
+    assert list(result["weights"]) == ["docstrings", "library"]
+    assert result["target"] == {"library": -1e-5, "docstrings": 0.0}
+    assert "'library'" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lower", "poetry"], "--lower 'poetry' is not a source; there are library"),
+        (["--hold", "poetry"], "--hold 'poetry' is not a source"),
+        (["--lower", "library", "--hold", "library"], "are the same source, 'library'"),
+        (["--by", "0"], "--by must be a positive number of nats, got 0"),
+        (["--by", "-0.1"], "--by must be a positive number"),
+        (["--by", "nan"], "--by must be a positive number"),
+        (["--text", "no/such/folder"], "folder must be an existing folder"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(quickstart, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as error:
+        quickstart.main(["--quick", "--out", str(tmp_path), *options])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
