@@ -286,8 +286,8 @@ def as_numbers(pairs: dict[str, tuple[float, float]]) -> dict[str, dict[str, flo
 
 def draw(response, solution, predicted, realised, target):
     """One picture: the response, the weights it leads to, and what came of them."""
-    figure = plot.Figure(figsize=(13, 4.2), layout="constrained", dpi=120)
-    axes = figure.subplots(1, 3, width_ratios=[1.5, 0.8, 1])
+    figure = plot.Figure(figsize=(13, 4.4), layout="constrained", dpi=120)
+    axes = figure.subplots(1, 3, width_ratios=[1.55, 0.85, 1])
     plot.response_matrix(response, ax=axes[0])
     plot.weights(solution, ax=axes[1])
     values = [{name: pair[0] for name, pair in side.items()} for side in (predicted, realised)]

@@ -77,7 +77,7 @@ def response_matrix(response: Response, *, ax: Axes | None = None, unit: str = "
     ax.set_ylabel("moves the expectation of")
     ax.set_title("Response nβ q χ", loc="left")
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
-    bar.set_label(f"{prefix}{unit} when the weight is doubled")
+    bar.set_label(f"shift when the weight doubles ({prefix}{unit})")
     bar.outline.set_visible(False)
     return ax.figure
 
@@ -88,6 +88,8 @@ def weights(intervention: Intervention, *, ax: Axes | None = None) -> Figure:
     Where a probe set has a weight a loss, the bar is their mean and a line spans the middle 90 %.
     """
     names = tuple(intervention.weights)
+    if set(names) == set(intervention.predicted_shift):
+        names = tuple(intervention.predicted_shift)
     values = [np.ravel(np.asarray(intervention.weights[name])) for name in names]
     means = np.array([value.mean() for value in values])
     if ax is None:
@@ -109,7 +111,9 @@ def weights(intervention: Intervention, *, ax: Axes | None = None) -> Figure:
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(place, names)
     ax.invert_yaxis()
-    ax.margins(x=0.2)
+    least, most = min(1.0, *ends), max(1.0, *ends)
+    room = 0.25 * (most - least) or 0.1
+    ax.set_xlim(least - room, most + room)
     ax.set_xlabel("weight ρ (unchanged data: 1)")
     ax.set_title("Data weights", loc="left")
     _open(ax)
@@ -172,8 +176,8 @@ def shifts(
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
     bars = "" if errors is None else ", bars 95 %"
-    ax.set_xlabel(f"shift of the expectation ({prefix}{unit}{bars})")
-    ax.set_title("Predicted and realised shift", loc="left")
+    ax.set_xlabel(f"shift ({prefix}{unit}{bars})")
+    ax.set_title("Predicted and realised", loc="left")
     ax.legend(frameon=False, fontsize=9, loc="best")
     _open(ax)
     ax.tick_params(axis="y", length=0)
@@ -186,20 +190,22 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
     A healthy setting is blue; any other orange, with what is wrong above its panel. In the
     lower part filled points are healthy, open ones are not, and bars are 95 % intervals.
     """
-    number, chains, draws = sweep.trace.shape
-    columns = min(max_columns, number)
+    number = len(sweep.llc)
+    columns = min(max_columns, len(np.unique(sweep.step_size)))
     rows = -(-number // columns)
     figure = _figure(max(3.1 * columns, 6.5), 2.0 * rows + 3.2)
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.0 * rows, 3.2])
     panels = np.ravel(top.subplots(rows, columns, sharex=True, squeeze=False))
-    for s, ax in enumerate(panels):
-        if s >= number:
-            ax.set_visible(False)
-            continue
+    for ax in panels[number:]:
+        ax.set_visible(False)
+    order = np.lexsort((sweep.step_size, sweep.localization, sweep.nbeta))
+    for s, ax in zip(order, panels, strict=False):
         colour = BLUE if sweep.healthy[s] else VERMILLION
         ax.plot(sweep.trace[s].T, color=colour, alpha=0.55, linewidth=0.8)
         if np.isfinite(sweep.llc[s]):
             ax.axhline(sweep.llc[s], color="black", linewidth=0.8, linestyle="--")
+        if not np.isfinite(sweep.trace[s]).any():
+            ax.set_yticks([])
         ax.set_title(
             f"ε = {sweep.step_size[s]:.3g}, nβ = {sweep.nbeta[s]:.4g}, γ = {sweep.localization[s]:.4g}\n"
             + ("healthy" if sweep.healthy[s] else "\n".join(sweep.problems[s])),

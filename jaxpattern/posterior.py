@@ -45,7 +45,7 @@ class Target(Protocol):
         """The position of w*."""
 
     def loss_gradient(self, position: Position, minibatch: Any) -> Position:
-        """An estimate of ∇L(w)."""
+        """An estimate of ∇L(w) from what stands for a mini-batch."""
 
     def grad_estimator(self, position: Position, minibatch: Any) -> Position:
         """An estimate of ∇ log p(w)."""

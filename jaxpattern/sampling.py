@@ -29,7 +29,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from tqdm import tqdm
 
-from jaxpattern.posterior import Posterior, losses_in_chunks
+from jaxpattern.posterior import Posterior, Target, losses_in_chunks
 from jaxpattern.restriction import Restriction
 from jaxpattern.types import Params, Position
 from jaxpattern.validation import (
@@ -148,7 +148,7 @@ def position_of(state: PyTree[Array]) -> Position:
     return getattr(state, "position", state)
 
 
-def build_kernel(posterior: Posterior, sampler: Any, plan: Plan) -> Kernel:
+def build_kernel(posterior: Target, sampler: Any, plan: Plan) -> Kernel:
     """The kernel of a sampler on a posterior, with mini-batches drawn inside its steps.
 
     Raises:

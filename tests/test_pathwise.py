@@ -48,9 +48,8 @@ class Tilted:
 
     def __init__(self, posterior, probes, tilt):
         self.posterior, self.probes, self.tilt = posterior, probes, tilt
-
-    def __getattr__(self, name):
-        return getattr(self.posterior, name)
+        self.nbeta, self.localization = posterior.nbeta, posterior.localization
+        self.centre, self.minibatch = posterior.centre, posterior.minibatch
 
     def loss_gradient(self, position, minibatch):
         posterior = self.posterior

@@ -24,8 +24,20 @@ class GivenGradient:
 
     posterior: Posterior
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.posterior, name)
+    @property
+    def nbeta(self) -> Any:
+        """nβ of the posterior."""
+        return self.posterior.nbeta
+
+    @property
+    def localization(self) -> Any:
+        """γ of the posterior."""
+        return self.posterior.localization
+
+    @property
+    def centre(self) -> Position:
+        """The position of w*."""
+        return self.posterior.centre
 
     def loss_gradient(self, position: Position, minibatch: Position) -> Position:
         """g."""
