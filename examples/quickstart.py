@@ -39,7 +39,9 @@ from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
 class Settings(NamedTuple):
     """Everything that decides how long the run takes and how well it measures."""
 
-    model: TransformerConfig = TransformerConfig(256, context=64, num_layers=2, num_heads=4, d_model=64)
+    model: TransformerConfig = TransformerConfig(
+        256, context=64, num_layers=2, num_heads=4, d_model=64
+    )
     max_sources: int | None = None
     max_bytes: int = 400_000  # of a source
     train_windows: int = 768  # of a source, like the next
@@ -51,20 +53,24 @@ class Settings(NamedTuple):
     nbeta: float = 3e4
     localization: float = 5e4
     step_size: float = 3e-6
-    measure: jp.Plan = jp.Plan(num_chains=4, num_burnin=45, num_draws=2, thin=12, num_batches=2, batch_size=8)
-    check: jp.Plan = jp.Plan(num_chains=4, num_burnin=45, num_draws=8, thin=6, num_batches=4, batch_size=8)
+    measure: jp.Plan = jp.Plan(
+        num_chains=4, num_burnin=45, num_draws=2, thin=12, num_batches=2, batch_size=8
+    )
+    check: jp.Plan = jp.Plan(
+        num_chains=4, num_burnin=45, num_draws=8, thin=6, num_batches=4, batch_size=8
+    )
 
 
 QUICK = Settings(
     model=TransformerConfig(256, context=16, num_layers=1, num_heads=2, d_model=16),
     max_bytes=30_000, train_windows=48, held_out_windows=8, max_sources=3, seeds=2, steps=30,
     batch_size=8,
-    measure=jp.Plan(num_chains=2, num_burnin=10, num_draws=4, thin=4, num_batches=2, batch_size=8),
-    check=jp.Plan(num_chains=2, num_burnin=10, num_draws=4, thin=4, num_batches=2, batch_size=8),
+    measure=jp.Plan(num_chains=2, num_burnin=0, num_draws=4, thin=4, num_batches=2, batch_size=8),
+    check=jp.Plan(num_chains=2, num_burnin=0, num_draws=4, thin=4, num_batches=2, batch_size=8),
 )  # fmt: skip
 
 # Follows how the chain itself answers to each source's weight. `jp.covariance()` is the estimator
-# of the published work; it needs some hundred times more draws for the same error.
+# of the published work; it needs many more draws for the same error.
 ESTIMATOR = jp.pathwise(mode="tangent", probe_batch=8)
 
 
@@ -81,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sources = list(train)
     check_names(args, sources)
     for name in sources:
-        print(f"   {name:12} {len(train[name])} windows to train on, {len(held_out[name])} held out")
+        print(
+            f"   {name:12} {len(train[name])} windows to train on, {len(held_out[name])} held out"
+        )
 
     clock.stage(f"1. train on equal parts ({settings.seeds} seeds at once)")
     loss_fn = make_loss_fn(model)
@@ -92,10 +100,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     def train_on(mixture: dict[str, float]) -> tuple[Any, np.ndarray]:
         """Models trained on a mixture, from the same start and in the same order each time."""
-        per_token = [np.full((len(train[s]), model.context), mixture[s]) for s in sources]
         params, _ = jp.train(
             seeds, loss_fn, start, data, optax.adamw(schedule), num_steps=settings.steps,
-            batch_size=settings.batch_size, weights=np.concatenate(per_token),
+            batch_size=settings.batch_size, weights=token_weights(mixture, train),
         )  # fmt: skip
         losses = jax.jit(jax.vmap(lambda p: jnp.stack([phi(p) for phi in held_out_loss.values()])))
         return params, np.asarray(losses(params))
@@ -128,8 +135,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     mixture = {s: float(solution.weights[s]) for s in sources}
     for name, weight in mixture.items():
         print(f"   {name:12} {weight:6.3f}  {'█' * round(20 * weight)}")
-    print(f"   smallest weight {min(mixture.values()):.3f}, largest {max(mixture.values()):.3f}; ", end="")
-    print(f"effective sample size {float(solution.effective_sample_size) / response.num_samples:.0%}")
+    print(
+        f"   smallest weight {min(mixture.values()):.3f}, largest {max(mixture.values()):.3f}; ",
+        end="",
+    )
+    print(
+        f"effective sample size {float(solution.effective_sample_size) / response.num_samples:.0%}"
+    )
     if float(solution.reached) < 0.99:
         print(f"   No mixture is predicted to do that: this one gets {float(solution.reached):.0%}")
         print("   of the way. Ask for less with --by, or hold another source.")
@@ -137,16 +149,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print("   Some weights more than double: the prediction, which is linear, may be far off.")
 
     clock.stage("4a. check: sample the posterior of the new mixture, with the same random numbers")
-    predicted = {s: (float(solution.predicted_shift[s]), float(solution.predicted_stderr[s])) for s in sources}
+    predicted = {
+        s: (float(solution.predicted_shift[s]), float(solution.predicted_stderr[s]))
+        for s in sources
+    }
     realised = realised_shift(
-        keys[2], posterior, posterior.reweight(token_weights(mixture, train, model.context)),
-        sampler, settings.check, held_out_loss,
+        keys[2], posterior, posterior.reweight(token_weights(mixture, train)), sampler,
+        settings.check, held_out_loss,
     )  # fmt: skip
     print("   shift of the expected loss, in 10⁻³ nats")
     print("   source            predicted            realised")
     for name in sources:
         mark = {lower: "  ← to be lowered", hold: "  ← to be held"}.get(name, "")
-        pair = "   ".join(f"{1e3 * v:+8.3f} ± {1e3 * e:<6.3f}" for v, e in (predicted[name], realised[name]))
+        pair = "   ".join(
+            f"{1e3 * v:+8.3f} ± {1e3 * e:<6.3f}" for v, e in (predicted[name], realised[name])
+        )
         print(f"   {name:12} {pair}{mark}")
 
     clock.stage(f"4b. check: train from scratch on the new mixture ({settings.seeds} seeds)")
@@ -161,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         mean, error = retrained[name]
         each = " ".join(f"{x:+.3f}" for x in change[:, i])
         print(f"   {name:12} {mean:+.4f} ± {error:.4f} nats   (seeds: {each})")
-    print("   These models are free to move as far as training takes them; the posterior is tied to")
+    print(
+        "   These models are free to move as far as training takes them; the posterior is tied to"
+    )
     print("   one set of weights. The signs are what to compare, not the sizes.")
 
     clock.stage("5. write")
@@ -175,7 +194,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "retrained_shift": as_numbers(retrained),
         "held_out_loss": {s: float(old_loss[:, i].mean()) for i, s in enumerate(sources)},
         "unit": "nats a byte",
-        "settings": {**settings._asdict(), "seed": args.seed, "text": args.text, "quick": args.quick},
+        "settings": {
+            **settings._asdict(),
+            "seed": args.seed,
+            "text": args.text,
+            "quick": args.quick,
+        },
         "data_sha256": text.fingerprint(np.asarray(data)),
         "version": jp.__version__,
     }
@@ -192,11 +216,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lower", metavar="SOURCE", help="whose loss to lower (default: the highest)")
-    parser.add_argument("--by", metavar="NATS", type=float, default=0.002, help="by how much (%(default)s)")
+    parser.add_argument(
+        "--lower", metavar="SOURCE", help="whose loss to lower (default: the highest)"
+    )
+    parser.add_argument(
+        "--by", metavar="NATS", type=float, default=0.002, help="by how much (%(default)s)"
+    )
     parser.add_argument("--hold", metavar="SOURCE", help="whose loss to hold (default: the lowest)")
     parser.add_argument("--text", metavar="FOLDER", help="your own text, one sub-folder a source")
-    parser.add_argument("--out", type=Path, default=Path("quickstart_results"), help="(%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("quickstart_results"), help="(%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny run that shows nothing")
     args = parser.parse_args(argv)
@@ -223,6 +253,8 @@ def load_text(args: argparse.Namespace, settings: Settings) -> tuple[dict, dict]
             counts = (settings.train_windows, settings.held_out_windows)
             for side, count, windows in zip(sides, counts, (train, held_out), strict=True):
                 available = sum(len(document) // length for document in side)
+                if not available:
+                    args.error(f"{name!r} needs files of at least {length} bytes on both sides")
                 windows[name] = jnp.asarray(
                     text.windows(side, length, min(count, available), seed=args.seed + i)
                 )
@@ -233,7 +265,9 @@ def load_text(args: argparse.Namespace, settings: Settings) -> tuple[dict, dict]
 
 def check_names(args: argparse.Namespace, sources: Sequence[str]) -> None:
     if len(sources) < 2:
-        args.error(f"a mixture needs two sources or more, found {sources}; give a folder with --text")
+        args.error(
+            f"a mixture needs two sources or more, found {sources}; give a folder with --text"
+        )
     for option in ("lower", "hold"):
         name = getattr(args, option)
         if name is not None and name not in sources:
@@ -247,9 +281,11 @@ def choose(args: argparse.Namespace, losses: dict[str, float]) -> tuple[str, str
     return lower, args.hold or next(s for s in ranked if s != lower)
 
 
-def token_weights(mixture: dict[str, float], train: dict, context: int) -> np.ndarray:
-    """One weight a token, the same within a source."""
-    return np.concatenate([np.full((len(train[s]), context), mixture[s]) for s in train])
+def token_weights(mixture: dict[str, float], train: dict[str, jax.Array]) -> jax.Array:
+    """One weight for each predicted token, the same within a source."""
+    return jnp.concatenate(
+        [jnp.full((len(train[s]), train[s].shape[1] - 1), mixture[s]) for s in train]
+    )
 
 
 def realised_shift(key, old, new, sampler, plan, observables) -> dict[str, tuple[float, float]]:

@@ -17,6 +17,7 @@ from jaxpattern.llc import LocalLearningCoefficient, llc
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
+from jaxpattern.response.laplace import laplace
 from jaxpattern.response.pathwise import GrowthWarning, pathwise
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.susceptibilities import susceptibilities

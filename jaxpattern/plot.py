@@ -1,5 +1,6 @@
-"""Figures of responses, weights, shifts and sweeps. Needs matplotlib: `pip install "jaxpattern[plot]"`.
+"""Figures of responses, weights, shifts and sweeps, with matplotlib, which is optional.
 
+Install it with `pip install "jaxpattern[plot]"`.
 Each function draws on the axes it is given, or on a figure of its own, and returns the figure:
 `plot.response_matrix(response).savefig("response.png")`. Nothing here touches pyplot, so no window
 opens and no figure stays in memory. Colours are those of Okabe and Ito, and a diverging map from
@@ -79,7 +80,7 @@ def response_matrix(response: Response, *, ax: Axes | None = None, unit: str = "
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
     bar.set_label(f"shift when the weight doubles ({prefix}{unit})")
     bar.outline.set_visible(False)
-    return ax.figure
+    return _root(ax)
 
 
 def weights(intervention: Intervention, *, ax: Axes | None = None) -> Figure:
@@ -118,7 +119,7 @@ def weights(intervention: Intervention, *, ax: Axes | None = None) -> Figure:
     ax.set_title("Data weights", loc="left")
     _open(ax)
     ax.tick_params(axis="y", length=0)
-    return ax.figure
+    return _root(ax)
 
 
 def shifts(
@@ -154,7 +155,10 @@ def shifts(
     everything = np.array([float(s[name]) for s in (predicted, realised) for name in names])
     scale, prefix = _unit_scale(everything)
     place = np.arange(len(names))
-    styles = (("predicted", predicted, BLUE, "o", -0.13), ("realised", realised, VERMILLION, "s", 0.13))
+    styles = (
+        ("predicted", predicted, BLUE, "o", -0.13),
+        ("realised", realised, VERMILLION, "s", 0.13),
+    )
     ax.axvline(0, color="black", linewidth=0.8)
     for which, (label, values, colour, marker, offset) in enumerate(styles):
         spread = None
@@ -169,7 +173,7 @@ def shifts(
             wanted = scale * float(target[name])
             ax.vlines(
                 wanted, k - 0.38, k + 0.38, color=GREEN, linewidth=3, alpha=0.6,
-                label=None if name != next(iter(target)) else "target",
+                label="target" if name == next(iter(target)) else "_",
             )  # fmt: skip
     ax.set_yticks(place, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
@@ -181,7 +185,7 @@ def shifts(
     ax.legend(frameon=False, fontsize=9, loc="best")
     _open(ax)
     ax.tick_params(axis="y", length=0)
-    return ax.figure
+    return _root(ax)
 
 
 def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
@@ -194,7 +198,8 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
     columns = min(max_columns, len(np.unique(sweep.step_size)))
     rows = -(-number // columns)
     figure = _figure(max(3.1 * columns, 6.5), 2.0 * rows + 3.2)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.0 * rows, 3.2])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.0 * rows, 3.2])
+    top, bottom = parts
     panels = np.ravel(top.subplots(rows, columns, sharex=True, squeeze=False))
     for ax in panels[number:]:
         ax.set_visible(False)
@@ -207,7 +212,8 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
         if not np.isfinite(sweep.trace[s]).any():
             ax.set_yticks([])
         ax.set_title(
-            f"ε = {sweep.step_size[s]:.3g}, nβ = {sweep.nbeta[s]:.4g}, γ = {sweep.localization[s]:.4g}\n"
+            f"ε = {sweep.step_size[s]:.3g}, nβ = {sweep.nbeta[s]:.4g}, "
+            f"γ = {sweep.localization[s]:.4g}\n"
             + ("healthy" if sweep.healthy[s] else "\n".join(sweep.problems[s])),
             fontsize=8, color=colour, loc="left",
         )  # fmt: skip
@@ -217,9 +223,13 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
     top.supylabel("nβ (L − L(w*))", fontsize=9)
     ax = bottom.subplots()
     colours = (BLUE, ORANGE, GREEN, VERMILLION, "#CC79A7", "#56B4E9", "black")
-    pairs = sorted({(float(n), float(g)) for n, g in zip(sweep.nbeta, sweep.localization, strict=True)})
+    pairs = sorted(
+        {(float(n), float(g)) for n, g in zip(sweep.nbeta, sweep.localization, strict=True)}
+    )
     for i, (nbeta, localization) in enumerate(pairs):
-        chosen = (sweep.nbeta == nbeta) & (sweep.localization == localization) & np.isfinite(sweep.llc)
+        chosen = (
+            (sweep.nbeta == nbeta) & (sweep.localization == localization) & np.isfinite(sweep.llc)
+        )
         order = np.flatnonzero(chosen)[np.argsort(sweep.step_size[chosen])]
         colour, label = colours[i % len(colours)], f"nβ = {nbeta:.4g}, γ = {localization:.4g}"
         x, y, error = sweep.step_size[order], sweep.llc[order], 1.96 * sweep.stderr[order]
@@ -236,6 +246,11 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def _root(ax: Axes) -> Figure:
+    """The whole figure, also where the axes lie in a part of one."""
+    return ax.figure if isinstance(ax.figure, Figure) else ax.figure.figure
 
 
 def _open(ax: Axes) -> None:

@@ -20,6 +20,7 @@ from jaxpattern.validation import (
     check_hashable,
     check_number,
     check_params,
+    holds,
     is_concrete,
 )
 
@@ -268,13 +269,14 @@ def check_finite_losses(loss_fn: LossFn, params: Params, batch: Batch, num_sampl
     """The losses of the first samples are finite at w*."""
     if not all(map(is_concrete, jax.tree.leaves((params, batch)))):
         return
-    head = jax.tree.map(lambda x: x[:_CHECKED_SAMPLES], batch)
-    losses = _losses_jit(loss_fn, params, head)
-    finite = jnp.isfinite(losses.reshape(losses.shape[0], -1)).all(axis=1)
-    if not bool(finite.all()):
-        bad = [int(i) for i in jnp.flatnonzero(~finite)[:5]]
+    with jax.ensure_compile_time_eval():
+        head = jax.tree.map(lambda x: x[:_CHECKED_SAMPLES], batch)
+        losses = np.asarray(_losses_jit(loss_fn, params, head))
+    finite = np.isfinite(losses.reshape(losses.shape[0], -1)).all(axis=1)
+    if not finite.all():
+        bad = np.flatnonzero(~finite)[:5].tolist()
         raise ValueError(
-            f"loss_fn is not finite at params for {int((~finite).sum())} of the first "
+            f"loss_fn is not finite at params for {(~finite).sum()} of the first "
             f"{len(finite)} samples of data, such as samples {bad}"
         )
 
@@ -299,11 +301,10 @@ def normalise_weights(
             f"weights must have the shape of the losses, {list(shape)}, got {list(weights.shape)}"
         )
     total = jnp.sum(weights)
-    if is_concrete(weights):
-        if not bool(jnp.all(jnp.isfinite(weights))):
-            raise ValueError("weights must be finite, got NaN or infinity among them")
-        if not float(total) > 0:
-            raise ValueError(f"weights must have a positive sum, got {float(total):g}")
+    if not holds(lambda x: jnp.all(jnp.isfinite(x)), weights):
+        raise ValueError("weights must be finite, got NaN or infinity among them")
+    if not holds(lambda x: jnp.sum(x) > 0, weights):
+        raise ValueError(f"weights must have a positive sum, got {float(total):g}")
     return weights * (shape[0] / total)
 
 

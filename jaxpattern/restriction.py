@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, PyTree
 
 from jaxpattern.types import Params, Position
-from jaxpattern.validation import is_concrete
+from jaxpattern.validation import holds, is_concrete
 
 
 @jax.tree_util.register_dataclass
@@ -288,7 +288,7 @@ def _check_slice(leaves: dict[str, Array], name: str, axis: int, index: Array) -
     shape = leaves[name].shape
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"slices[{name!r}]: axis {axis} does not exist in shape {list(shape)}")
-    if is_concrete(index) and not (0 <= int(index.min()) and int(index.max()) < shape[axis]):
+    if not holds(lambda i: (i.min() >= 0) & (i.max() < shape[axis]), index):
         raise ValueError(
             f"slices[{name!r}]: index {np.asarray(index).tolist()} is outside axis {axis} "
             f"of length {shape[axis]}"

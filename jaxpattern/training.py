@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jaxpattern.posterior import Minibatch, check_finite_losses, check_loss, normalise_weights
 from jaxpattern.sampling import as_pytree_function
 from jaxpattern.types import Batch, LossFn, Params
-from jaxpattern.validation import batch_length, check_count, check_params, is_concrete
+from jaxpattern.validation import batch_length, check_count, check_params, holds, is_concrete
 
 _RECORDS = 20
 
@@ -109,9 +109,8 @@ def train(
     if record_every is not None:
         check_count("record_every", record_every, minimum=1)
     weighted = Minibatch(data, normalise_weights(weights, shape, dtype))
-    if weighting == "sampling" and is_concrete(weighted.weights):
-        if float(weighted.weights.min()) < 0:
-            raise ValueError("weights must not be negative with weighting='sampling'")
+    if weighting == "sampling" and not holds(lambda x: x.min() >= 0, weighted.weights):
+        raise ValueError("weights must not be negative with weighting='sampling'")
 
     run = _Run(loss_fn, optimizer, num_steps, batch_size, weighting, record_every)
     metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -14,6 +14,17 @@ import numpy as np
 def is_concrete(value: Any) -> bool:
     """Whether the value can be looked at: false for what is traced by jit, vmap or grad."""
     return not isinstance(value, jax.core.Tracer)
+
+
+def holds(predicate: Callable[..., Any], *values: Any) -> bool:
+    """Whether it is true of the values; what is being traced is given the benefit of the doubt.
+
+    Decided now even within an outer `jit`, where JAX would stage an operation on constants.
+    """
+    if not all(map(is_concrete, jax.tree.leaves(values))):
+        return True
+    with jax.ensure_compile_time_eval():
+        return bool(predicate(*values))
 
 
 def check_key(key: Any) -> None:
@@ -93,7 +104,7 @@ def check_params(name: str, params: Any) -> None:
             raise TypeError(f"{where} must be an array, got {type(leaf).__name__}")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{where} must be floating point, got {leaf.dtype}")
-        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+        if not holds(lambda x: jnp.all(jnp.isfinite(x)), leaf):
             raise ValueError(f"{where} holds values that are not finite")
 
 

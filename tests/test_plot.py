@@ -22,7 +22,8 @@ def render(figure):
     stream = io.BytesIO()
     figure.savefig(stream, format="rgba", dpi=60)
     pixels = np.frombuffer(stream.getvalue(), np.uint8)
-    assert pixels.size > 4 * 200 * 100 and len(np.unique(pixels)) > 10
+    assert pixels.size > 4 * 200 * 100
+    assert len(np.unique(pixels)) > 10
     return figure
 
 

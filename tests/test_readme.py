@@ -21,9 +21,10 @@ def example():
 
 def test_example_runs_and_steers(capfd):
     scope = {}
-    exec(compile(example(), "README.md", "exec"), scope)  # noqa: S102
+    exec(compile(example(), "README.md", "exec"), scope)
     printed = capfd.readouterr().out
-    assert printed.count("held-out loss on") == 2 and "nan" not in printed
+    assert printed.count("held-out loss on") == 2
+    assert "nan" not in printed
     solution, phi = scope["solution"], scope["observables"]["docstrings"]
     assert isinstance(solution, jp.Intervention)
     assert float(solution.predicted_shift["docstrings"]) == pytest.approx(-0.01, rel=1e-2)

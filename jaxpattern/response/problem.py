@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxpattern.posterior import Minibatch, Posterior, check_loss, losses_in_chunks
@@ -16,7 +17,7 @@ from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.sampling import Plan, as_pytree_function
 from jaxpattern.types import Batch, Losses, Params, Position
-from jaxpattern.validation import batch_length, check_function, is_concrete
+from jaxpattern.validation import batch_length, check_function, holds
 
 
 @jax.tree_util.register_dataclass
@@ -167,11 +168,11 @@ def build_problem(
 
 
 def _check_finite(name: str, losses: Losses) -> None:
-    if is_concrete(losses) and not bool(jnp.isfinite(losses).all()):
-        bad = jnp.flatnonzero(~jnp.isfinite(losses).reshape(len(losses), -1).all(axis=1))
+    if not holds(lambda x: jnp.isfinite(x).all(), losses):
+        finite = np.isfinite(np.asarray(losses)).reshape(len(losses), -1).all(axis=1)
         raise ValueError(
             f"{name} has losses that are not finite at w*, "
-            f"such as those of samples {[int(i) for i in bad[:5]]}"
+            f"such as those of samples {np.flatnonzero(~finite)[:5].tolist()}"
         )
 
 
@@ -192,10 +193,9 @@ def _check_observables(
             raise TypeError(f"observables[{name!r}] must return a float, got {out.dtype}")
     functions = tuple(as_pytree_function(phi) for phi in observables.values())
     offsets = jnp.stack([jnp.asarray(_evaluate(phi, params), dtype) for phi in functions])
-    if is_concrete(offsets):
-        for name, value in zip(observables, offsets, strict=True):
-            if not bool(jnp.isfinite(value)):
-                raise ValueError(f"observables[{name!r}] is {float(value)} at w*; it must be finite")
+    for name, value in zip(observables, offsets, strict=True):
+        if not holds(jnp.isfinite, value):
+            raise ValueError(f"observables[{name!r}] is {float(value)} at w*; it must be finite")
     return functions, offsets
 
 
