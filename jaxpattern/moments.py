@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, PyTree
 
 
 class Moments(NamedTuple):
-    """Count, means and centred co-moment Σ (a − ā)(b − b̄)ᵀ of a `[K]` with a tree b of `[*N]`."""
+    """Total weight of the draws, means, and Σ (a − ā)(b − b̄)ᵀ of a `[K]` with a tree b."""
 
-    count: Float[Array, ""]
+    weight: Float[Array, ""]
     mean_a: Float[Array, " rows"]
     mean_b: PyTree[Float[Array, "..."]]
     comoment: PyTree[Float[Array, "rows ..."]]
@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 def init(a: Float[Array, " rows"], b: PyTree[Float[Array, "..."]]) -> Moments:
     """Moments of no draws, for values of these shapes."""
     return Moments(
-        count=jnp.zeros((), a.dtype),
+        weight=jnp.zeros((), a.dtype),
         mean_a=jnp.zeros_like(a),
         mean_b=jax.tree.map(jnp.zeros_like, b),
         comoment=jax.tree.map(lambda leaf: jnp.zeros((*a.shape, *leaf.shape), leaf.dtype), b),
@@ -43,13 +43,13 @@ def update(
 
     A draw of weight 0 changes nothing, whatever its values.
     """
-    count = moments.count + weight
+    count = moments.weight + weight
     share = jnp.where(weight > 0, weight / jnp.maximum(count, 1e-30), 0.0)
     keep = weight > 0
     delta_a = jnp.where(keep, a - moments.mean_a, 0.0)
     delta_b = jax.tree.map(lambda x, mean: jnp.where(keep, x - mean, 0.0), b, moments.mean_b)
     return Moments(
-        count=count,
+        weight=count,
         mean_a=moments.mean_a + share * delta_a,
         mean_b=jax.tree.map(lambda mean, d: mean + share * d, moments.mean_b, delta_b),
         comoment=jax.tree.map(
@@ -60,16 +60,16 @@ def update(
 
 def merge(left: Moments, right: Moments) -> Moments:
     """Moments of both sets of draws: C = C₁ + C₂ + (n₁n₂/n)(ā₂ − ā₁)(b̄₂ − b̄₁)ᵀ."""
-    count = left.count + right.count
-    share = right.count / jnp.maximum(count, 1e-30)
+    count = left.weight + right.weight
+    share = right.weight / jnp.maximum(count, 1e-30)
     delta_a = right.mean_a - left.mean_a
     delta_b = jax.tree.map(jnp.subtract, right.mean_b, left.mean_b)
     return Moments(
-        count=count,
+        weight=count,
         mean_a=left.mean_a + share * delta_a,
         mean_b=jax.tree.map(lambda mean, d: mean + share * d, left.mean_b, delta_b),
         comoment=jax.tree.map(
-            lambda c1, c2, d: c1 + c2 + outer(left.count * share * delta_a, d),
+            lambda c1, c2, d: c1 + c2 + outer(left.weight * share * delta_a, d),
             left.comoment,
             right.comoment,
             delta_b,
@@ -79,7 +79,7 @@ def merge(left: Moments, right: Moments) -> Moments:
 
 def finalize(moments: Moments) -> PyTree[Float[Array, "rows ..."]]:
     """The unbiased covariance of independent draws, C / (n − 1)."""
-    return jax.tree.map(lambda c: c / (moments.count - 1), moments.comoment)
+    return jax.tree.map(lambda c: c / (moments.weight - 1), moments.comoment)
 
 
 def outer(a: Float[Array, " rows"], b: Float[Array, "*columns"]) -> Float[Array, "rows *columns"]:

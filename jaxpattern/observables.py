@@ -17,7 +17,7 @@ from jaxpattern.validation import batch_length, check_count, check_function, che
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class MeanLoss:
-    """φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a fixed batch. A pytree, so the batch is never baked in."""
+    """φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a fixed batch, which is a leaf of it."""
 
     batch: Batch
     weights: Array | np.ndarray | None

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxpattern.restriction import Restriction, check_restriction
-from jaxpattern.types import Batch, LossFn, Losses, Params, Position
+from jaxpattern.types import Batch, Losses, LossFn, Params, Position
 from jaxpattern.validation import (
     batch_length,
     check_function,
@@ -38,12 +38,20 @@ class Minibatch(NamedTuple):
 class Target(Protocol):
     """What a stochastic-gradient sampler asks of a posterior."""
 
-    nbeta: Any
-    localization: Any
+    @property
+    def nbeta(self) -> Any:
+        """Inverse temperature."""
+
+    @property
+    def localization(self) -> Any:
+        """γ."""
 
     @property
     def centre(self) -> Position:
         """The position of w*."""
+
+    def minibatch(self, key: Key[Array, ""], size: int | None) -> Any:
+        """What stands for a mini-batch."""
 
     def loss_gradient(self, position: Position, minibatch: Any) -> Position:
         """An estimate of ∇L(w) from what stands for a mini-batch."""
@@ -142,7 +150,9 @@ class Posterior:
             ValueError: the shape is not that of the losses, a weight is not finite, or their sum
                 is not positive.
         """
-        return replace(self, weights=normalise_weights(weights, self.weights.shape, self.weights.dtype))
+        return replace(
+            self, weights=normalise_weights(weights, self.weights.shape, self.weights.dtype)
+        )
 
 
 def localized_posterior(
@@ -219,9 +229,7 @@ def restrict(posterior: Posterior, restriction: Restriction) -> Posterior:
     return replace(posterior, restriction=restriction)
 
 
-def losses_in_chunks(
-    loss_fn: LossFn, params: Params, batch: Batch, chunk: int | None
-) -> Losses:
+def losses_in_chunks(loss_fn: LossFn, params: Params, batch: Batch, chunk: int | None) -> Losses:
     """ℓ_z(w) of a batch, `chunk` samples at a time: memory O(chunk), one compiled loop."""
 
     def evaluate(piece: Batch, size: int) -> Losses:
@@ -255,7 +263,9 @@ def _check_losses(out: Any, num_samples: int, name: str) -> None:
     if not hasattr(out, "shape"):
         raise TypeError(f"{name} must return one array of losses, got {type(out).__name__}")
     if out.ndim == 0:
-        raise ValueError(f"{name} must return one loss a sample, [B] or [B, T]; it reduced to a scalar")
+        raise ValueError(
+            f"{name} must return one loss a sample, [B] or [B, T]; it reduced to a scalar"
+        )
     if out.shape[0] != num_samples or out.ndim > 2 or 0 in out.shape:
         raise ValueError(
             f"{name} must return losses of shape [B] or [B, T] with B = {num_samples}, "

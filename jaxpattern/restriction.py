@@ -25,7 +25,7 @@ from jaxpattern.validation import holds, is_concrete
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Restriction:
-    """A lens on the parameter tree: `select(params) → position`, `embed(position, params) → params`.
+    """A lens on the weights: `select(params) → position`, `embed(position, params) → params`.
 
     `embed(select(params), params)` must give `params` back. The localization γ acts on the
     position. Functions are wrapped in `jax.tree_util.Partial`; bind arrays with a `Partial` of
@@ -110,7 +110,9 @@ def by_slice(
         if is_concrete(index) and len(np.unique(index)) != index.size:
             raise ValueError(f"slices[{name!r}] names an index twice: {np.asarray(index).tolist()}")
     static = tuple(sorted(axes.items()))
-    return Restriction(Partial(_SliceSelect(static), indices), Partial(_SliceEmbed(static), indices))
+    return Restriction(
+        Partial(_SliceSelect(static), indices), Partial(_SliceEmbed(static), indices)
+    )
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def check_restriction(restriction: Any, params: Params) -> None:
     if sum(jnp.size(leaf) for leaf in jax.tree.leaves(position)) == 0:
         raise ValueError("restriction selects nothing")
     back = restriction.embed(position, params)
-    if jax.tree.structure(back) != jax.tree.structure(params):
+    if jax.tree.structure(back) != jax.tree.structure(params):  # type: ignore[operator]
         raise ValueError("restriction.embed must return a tree of the structure of params")
     for (path, old), new in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(back), strict=True

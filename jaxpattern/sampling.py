@@ -297,7 +297,9 @@ def over_chains(function: Callable, posterior: Posterior, restrictions: Any) -> 
     """Vmap of a one-chain function over components (leading) and chains."""
 
     def one_chain(restriction: Restriction | None, *args: Any) -> Any:
-        component = posterior if restriction is None else replace(posterior, restriction=restriction)
+        component = (
+            posterior if restriction is None else replace(posterior, restriction=restriction)
+        )
         return function(component, *args)
 
     def mapped(*args: Any) -> Any:
@@ -413,7 +415,9 @@ def check_alive(
         for name, row in zip(names, alive, strict=True)
         if not bool(row.all())
     }
-    where = "; ".join(f"{name}: chains {chains}" if name else f"chains {chains}" for name, chains in lost.items())
+    where = "; ".join(
+        f"{name}: chains {chains}" if name else f"chains {chains}" for name, chains in lost.items()
+    )
     if bool(alive.any(axis=1).all()):
         warnings.warn(
             f"chains turned non-finite and are left out of every estimate ({where}); "
@@ -456,7 +460,7 @@ def check_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> None:
         return posterior.centre, position_of(kernel.init(posterior.centre, key))
 
     centre, position = jax.eval_shape(start, posterior)
-    if jax.tree.structure(centre) != jax.tree.structure(position):
+    if jax.tree.structure(centre) != jax.tree.structure(position):  # type: ignore[operator]
         raise TypeError(
             "the state of the sampler must be the position, or have it as `position`; "
             f"wanted {jax.tree.structure(centre)}, got {jax.tree.structure(position)}"

@@ -1,4 +1,4 @@
-"""Calibration: a small grid of (ε, nβ, γ) as one vmapped program, and which settings are healthy."""
+"""Calibration: a grid of (ε, nβ, γ) as one vmapped program, and which settings are healthy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from jaxpattern.diagnostics import summarize
 from jaxpattern.llc import PairedExcessLoss
 from jaxpattern.posterior import Posterior
 from jaxpattern.samplers import sgld
-from jaxpattern.sampling import Plan, as_pytree_function, check_run, position_of, run_chains, write_draw
+from jaxpattern.sampling import (
+    Plan,
+    as_pytree_function,
+    check_run,
+    position_of,
+    run_chains,
+    write_draw,
+)
 from jaxpattern.types import Params
 from jaxpattern.validation import check_number
 
@@ -30,8 +37,8 @@ class Sweep(NamedTuple):
         llc, stderr, rhat: λ̂, its standard error and R-hat, `[S]`.
         temperature: of the sampled law, weighted by curvature, `[S]`; 1 is exact. By Stein's
             identity E[∇L · ∇U] = E[ΔL] for the law exp(−U), U = nβ L + γ/2 ‖w − w*‖²; the ratio of
-            the two sides is Σ h_i T_i / Σ h_i on a quadratic of curvatures h, with T_i the factor by
-            which step size and mini-batches inflate the variance of a direction.
+            the two sides is Σ h_i T_i / Σ h_i on a quadratic of curvatures h, with T_i the factor
+            by which step size and mini-batches inflate the variance of a direction.
         trace: nβ (L − L(w*)) along the chains, `[S, chains, draws]`; NaN where a chain is lost.
         kept: mean of `check` along the chains over its value at w*, `[S]`; NaN without a check.
         healthy: whether nothing is wrong, `[S]`.
@@ -184,17 +191,15 @@ def sweep(
     readings = readings._replace(excess=readings.excess * jnp.expand_dims(grid[1], (1, 2)))
     base = float(recorder.check(posterior.params)) if check is not None else float("nan")
     verdicts = [
-        _judge(jax.tree.map(lambda leaf, s=s: leaf[s], readings), alive[s], base, plan, keep, tolerance)
+        _judge(
+            jax.tree.map(lambda leaf, s=s: leaf[s], readings), alive[s], base, plan, keep, tolerance
+        )
         for s in range(grid.shape[1])
     ]
     problems = tuple(found for _, found in verdicts)
-    return Sweep(
-        *grid,
-        *np.array([numbers for numbers, _ in verdicts]).T,
-        trace=np.asarray(readings.excess),
-        healthy=np.array([not found for found in problems]),
-        problems=problems,
-    )
+    numbers = np.array([numbers for numbers, _ in verdicts]).T
+    healthy = np.array([not found for found in problems])
+    return Sweep._make([*grid, *numbers, np.asarray(readings.excess), healthy, problems])
 
 
 def _judge(

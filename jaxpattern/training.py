@@ -1,4 +1,4 @@
-"""Training on re-weighted data: an optax loop, compiled, with the weights that an inversion gave."""
+"""Training on re-weighted data: a compiled optax loop with the weights an inversion gave."""
 
 from __future__ import annotations
 

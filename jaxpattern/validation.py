@@ -114,7 +114,9 @@ def batch_length(name: str, batch: Any) -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         where = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip("/")
         if not hasattr(leaf, "shape") or isinstance(leaf, np.generic):
-            raise TypeError(f"{where} must be an array with a leading sample axis, got {leaf!r:.80}")
+            raise TypeError(
+                f"{where} must be an array with a leading sample axis, got {leaf!r:.80}"
+            )
         if leaf.ndim == 0:
             raise ValueError(f"{where} must have a leading sample axis, got a scalar")
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":

@@ -159,7 +159,7 @@ def test_merged_moments_are_those_of_all_draws(cut):
 
     merged = moments.merge(part(0, cut), part(cut, 4000))
     covariance = moments.finalize(merged)
-    assert merged.count == 4000
+    assert merged.weight == 4000
     assert covariance["x"].shape == (2, 2, 1)
     np.testing.assert_allclose(merged.mean_a, a.mean(0, dtype=np.float64), rtol=1e-6)
     measured = np.concatenate([covariance["x"][..., 0], covariance["y"]], axis=1)

@@ -157,7 +157,10 @@ def test_auto_takes_the_cheaper_mode_and_says_which():
     many = {f"phi{i}": OBSERVABLES["sine"] for i in range(8)}
     run = partial(jp.susceptibilities, KEY, posterior, sampler, plan, progress=False)
     auto = jp.pathwise(mode="auto")
-    assert run(observables=many, probes={"all": data}, estimator=auto).estimator == "pathwise (tangent)"
+    assert (
+        run(observables=many, probes={"all": data}, estimator=auto).estimator
+        == "pathwise (tangent)"
+    )
     groups = {f"z{i}": jax.tree.map(lambda x, i=i: x[i : i + 1], data) for i in range(6)}
     chosen = run(observables={"one": OBSERVABLES["sine"]}, probes=groups, estimator=auto)
     assert chosen.estimator.startswith("pathwise (adjoint")
@@ -181,12 +184,17 @@ def gaussian_loss(params, batch):
 
 
 OBSERVED = gaussian.Quadratic(
-    np.stack([np.diag([1.0, 2.0, -1.0]), np.eye(3)]), np.array([[0.0, 0, 0], [1, 1, 1]]), np.zeros(2)
+    np.stack([np.diag([1.0, 2.0, -1.0]), np.eye(3)]),
+    np.array([[0.0, 0, 0], [1, 1, 1]]),
+    np.zeros(2),
 )
 
 
 def observed(k):
-    a, b = jnp.asarray(OBSERVED.hessian[k], jnp.float32), jnp.asarray(OBSERVED.slope[k], jnp.float32)
+    a, b = (
+        jnp.asarray(OBSERVED.hessian[k], jnp.float32),
+        jnp.asarray(OBSERVED.slope[k], jnp.float32),
+    )
     return lambda p: 0.5 * p["w"] @ a @ p["w"] + b @ p["w"]
 
 
@@ -264,7 +272,7 @@ def test_linear_observables_have_no_noise():
 
 
 def test_window_reaches_the_full_derivative():
-    losses, centre, data = gaussian_problem()
+    _, centre, data = gaussian_problem()
     posterior = jp.localized_posterior(
         gaussian_loss, {"w": jnp.asarray(centre, jnp.float32)}, data, nbeta=30.0, localization=30.0
     )
@@ -294,14 +302,15 @@ def test_anharmonic_table():
         return 0.5 * x**2 + alpha / 6 * x**3 + g / 24 * x**4 + b * x
 
     posterior = jp.localized_posterior(loss, {"x": jnp.zeros(())}, signs, nbeta=t, localization=0.0)
-    plan = jp.Plan(num_chains=128, num_burnin=600, num_draws=200, thin=20, num_batches=1)
+    plan = jp.Plan(num_chains=192, num_burnin=600, num_draws=200, thin=20, num_batches=1)
     step = 0.01
     response = jp.susceptibilities(
-        KEY, posterior, jp.sgld(step_size=step), plan, observables={"square": lambda p: p["x"] ** 2},
-        probes={"tilt": signs}, estimator=jp.pathwise(window=300, every=5), progress=False,
+        KEY, posterior, jp.sgld(step_size=step), plan,
+        observables={"square": lambda p: p["x"] ** 2}, probes={"tilt": signs},
+        estimator=jp.pathwise(window=300, every=5), progress=False,
     )  # fmt: skip
     exact = anharmonic.scaled_covariance(t, alpha=alpha, g=g)
-    measured = -t**2 * np.asarray(response.chi["tilt"][0])
+    measured = -(t**2) * np.asarray(response.chi["tilt"][0])
     stderr = t**2 * np.asarray(response.stderr["tilt"][0])
     assert stderr.max() < 0.05
     # The step bias of the variance is εt/4 / (1 − εt/4) = 2.6 %; χ here is cubic in it.
@@ -342,7 +351,9 @@ def saddle():
         w = p["w"]
         return 0.5 * w[1] ** 2 + 2 * jnp.cos(2 * w[0]) + 0.1 * b @ w
 
-    return jp.localized_posterior(loss, {"w": jnp.zeros(2)}, data, nbeta=30.0, localization=1.0), data
+    return jp.localized_posterior(
+        loss, {"w": jnp.zeros(2)}, data, nbeta=30.0, localization=1.0
+    ), data
 
 
 def test_growth_is_noticed_and_cut():
@@ -438,16 +449,21 @@ def test_a_metropolis_kernel_and_an_unknown_relaxation_time_are_refused():
 def test_diverged_chains_are_left_out():
     """A chain that explodes is named, and the others give a finite answer."""
     data = jnp.zeros(4)
-    wall = lambda p, b: 0.5 * jnp.sum(p["w"] ** 2) + jnp.where(  # noqa: E731
-        p["w"][0] > 0.25, jnp.nan, 0.0
-    ) * p["w"][0] + 0.0 * b
-    posterior = jp.localized_posterior(wall, {"w": jnp.zeros(2)}, data, nbeta=30.0, localization=30.0)
+
+    def wall(p, b):
+        w = p["w"]
+        return 0.5 * w @ w + jnp.where(w[0] > 0.25, jnp.nan, 0.0) * w[0] + 0.0 * b
+
+    posterior = jp.localized_posterior(
+        wall, {"w": jnp.zeros(2)}, data, nbeta=30.0, localization=30.0
+    )
     plan = jp.Plan(num_chains=16, num_burnin=20, num_draws=10, thin=5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         response = jp.susceptibilities(
-            KEY, posterior, jp.sgld(step_size=4e-3), plan, observables={"n": lambda p: p["w"] @ p["w"]},
-            probes={"all": data}, estimator=jp.pathwise(window=20), progress=False,
+            KEY, posterior, jp.sgld(step_size=4e-3), plan,
+            observables={"n": lambda p: p["w"] @ p["w"]}, probes={"all": data},
+            estimator=jp.pathwise(window=20), progress=False,
         )  # fmt: skip
     lost = int(response.diverged.sum())
     assert 0 < lost < 16

@@ -130,7 +130,10 @@ def assemble(
         rhat=summary.rhat,
         ess=summary.ess,
         diverged=jnp.concatenate(
-            [jnp.broadcast_to(part.diverged, (problem.num_rows, *part.diverged.shape)) for part in ordered]
+            [
+                jnp.broadcast_to(part.diverged, (problem.num_rows, *part.diverged.shape))
+                for part in ordered
+            ]
         ),
         diagnostics={
             name: jnp.concatenate([part.diagnostics[name] for part in ordered])

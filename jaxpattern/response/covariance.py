@@ -173,7 +173,7 @@ def _estimate(
     full_means: dict[str, Array] | None,
 ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array], dict[str, Array]]:
     """χ, its standard error, χ of two halves, and the batches' estimates of the set means."""
-    count = pooled.count * alive
+    count = pooled.weight * alive
     number = jnp.sum(alive)
     # Halves have equal numbers of the batches that are alive; chains do not straddle them
     # unless their number is odd.

@@ -127,17 +127,16 @@ def _laplace(
         direction, residual = solve(slope(centre))
         first = along(direction)
 
-        def trace(key: Key[Array, ""]) -> tuple[dict[str, Array], Array]:
-            signs = optax.tree.random_like(key, centre, jax.random.rademacher)
+        def trace(index: Array) -> tuple[dict[str, Array], Array]:
+            signs_key = jax.random.fold_in(key, k * num_signs + index)
+            signs = optax.tree.random_like(signs_key, centre, jax.random.rademacher)
             inner, r1 = solve(signs)
             bent = jax.jvp(slope, (centre,), (inner,))[1]
             outer, r2 = solve(bent)
-            second = jax.jvp(
-                lambda w: jax.jvp(columns, (w,), (outer,))[1], (centre,), (signs,)
-            )[1]
+            second = jax.jvp(lambda w: jax.jvp(columns, (w,), (outer,))[1], (centre,), (signs,))[1]
             return second, jnp.maximum(r1, r2)
 
-        second, residuals = jax.lax.map(trace, jax.random.split(key, num_signs))
+        second, residuals = jax.lax.map(trace, jnp.arange(num_signs))
         chi = jax.tree.map(lambda f, s: -f[None] - s / 2, first, second)
         return chi, jnp.maximum(residual, residuals.max())
 
@@ -157,9 +156,7 @@ def _hessian_product(posterior: Posterior, v: Position, chunk: int | None) -> Po
     if chunk is None or chunk >= size:
         return product(everything)
     whole = size // chunk * chunk
-    pieces = jax.tree.map(
-        lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), everything
-    )
+    pieces = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), everything)
 
     def add(total: Position, piece: Minibatch) -> tuple[Position, None]:
         return jax.tree.map(lambda t, p: t + p * (chunk / size), total, product(piece)), None

@@ -55,18 +55,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Key, PyTree
 from tqdm import tqdm
 
 from jaxpattern.diagnostics import batch_of
-from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.posterior import Posterior
 from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.problem import ComponentGroup, Estimator, Problem
@@ -165,23 +165,15 @@ def pathwise(
                 "pathwise needs a sampler whose step takes (key, state, minibatch) and is smooth; "
                 "a Metropolis kernel such as mala is not: use estimator=covariance()"
             )
-        if mode == "tangent":
+        components = len(rows) // problem.num_rows
+        forwards = tangent_cost(posterior, plan, problem, probe_batch, components)
+        if mode != "tangent":
+            layout = _layout(posterior, sampler, plan, window, every)
+            cost = _cost(posterior, plan, problem, layout, components)
+        if mode == "tangent" or (mode == "auto" and forwards < cost):
             return tangent_response(
                 key, posterior, sampler, plan, problem, groups, rows, probe_batch, progress
             )
-        layout = _layout(posterior, sampler, plan, window, every)
-        if mode == "auto":
-            forwards = tangent_cost(posterior, plan, problem, probe_batch, len(rows) // problem.num_rows)
-            chosen = "tangent" if forwards < _cost(posterior, plan, problem, layout, len(rows) // problem.num_rows) else "adjoint"
-            response = pathwise(
-                window=window,
-                every=every,
-                growth_limit=growth_limit,
-                on_growth=on_growth,
-                mode=chosen,
-                probe_batch=probe_batch,
-            )(key, posterior, sampler, plan, problem, groups, rows, progress)
-            return response if chosen == "tangent" else group_mean(response)
         parts: dict[int, Part] = {}
         for group in groups:
             chains = _run(
@@ -191,30 +183,26 @@ def pathwise(
             for position, index in enumerate(group.ids):
                 chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
                 parts[index] = _summarize_component(chain, problem, plan, layout)
-        cost = _cost(posterior, plan, problem, layout, len(parts))
         name = f"pathwise (adjoint, window {layout.window}, every {layout.every})"
         response = assemble(parts, posterior, problem, rows, cost, name)
         grown = response.diagnostics["truncated"].max(axis=1) > 0
-        if not is_concrete(grown) or not bool(grown.any()):
-            return response
-        names = [row for row, bad in zip(rows, grown, strict=True) if bad]
-        if on_growth == "covariance":
+        if is_concrete(grown) and bool(grown.any()):
+            names = [row for row, bad in zip(rows, grown, strict=True) if bad]
+            consequence = (
+                "they are measured by covariance instead"
+                if on_growth == "covariance"
+                else "their sweeps are cut there and χ is incomplete; a larger localization, a "
+                "smaller nbeta, or on_growth='covariance' avoids that"
+            )
             warnings.warn(
-                f"the adjoint grew past {growth_limit:g} in rows {names}: they are measured by "
-                "covariance instead",
+                f"the adjoint grew past {growth_limit:g} in rows {names}: {consequence}",
                 GrowthWarning,
                 stacklevel=3,
             )
-            other = covariance()(key, posterior, sampler, plan, problem, groups, rows, progress)
-            return _choose(response, other, grown)
-        warnings.warn(
-            f"the adjoint grew past {growth_limit:g} in rows {names}: their sweeps are cut there "
-            "and χ is incomplete; a larger localization, a smaller nbeta, or "
-            "on_growth='covariance' avoids that",
-            GrowthWarning,
-            stacklevel=3,
-        )
-        return response
+            if on_growth == "covariance":
+                other = covariance()(key, posterior, sampler, plan, problem, groups, rows, progress)
+                response = _choose(response, other, grown)
+        return group_mean(response) if mode == "auto" else response
 
     return estimate
 
@@ -281,7 +269,11 @@ def _layout(
     # About two windows of draws share a sweep; segments are equal, and fill the batches evenly.
     wanted = max(1, _SEGMENT_WINDOWS * window // plan.thin)
     most = max(1, plan.num_draws // plan.batches)
-    draws = max(m for m in range(1, plan.num_draws + 1) if plan.num_draws % m == 0 and m <= min(wanted, most))
+    draws = max(
+        m
+        for m in range(1, plan.num_draws + 1)
+        if plan.num_draws % m == 0 and m <= min(wanted, most)
+    )
     return _Layout(window, every, plan.thin, draws, plan.num_draws // draws)
 
 
@@ -382,32 +374,33 @@ def _segment(
     state = jax.lax.fori_loop(
         first, first + layout.lead, lambda t, s: forward(s, t)[0], chain.state
     )
-    state, states = jax.lax.scan(
-        forward, state, first + jnp.arange(layout.lead, layout.steps)
-    )
+    state, states = jax.lax.scan(forward, state, first + jnp.arange(layout.lead, layout.steps))
     states = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), chain.buffer, states)
-    rows, values, total, sweep, tail = _sweep_back(
+    remainder, values, total, sweep, tail = _sweep_back(
         posterior, sampler, plan, problem, layout, growth_limit, states, state, stop,
         streams.step, jax.random.fold_in(shared_key, index),
     )  # fmt: skip
     alive = chain.alive & all_finite((position_of(state), values, total))
     batch = batch_of(index, layout.num_segments, plan.batches)
-    add = partial(jnp.where, alive)
+
+    def keep(new: Array, old: Array | float) -> Array:
+        return jnp.where(alive, new, old)
+
     return _Chain(
-        state=jax.tree.map(add, state, chain.state),
+        state=jax.tree.map(keep, state, chain.state),
         buffer=jax.tree.map(
-            lambda new, old: add(new[new.shape[0] - layout.keep :], old), states, chain.buffer
+            lambda new, old: keep(new[new.shape[0] - layout.keep :], old), states, chain.buffer
         ),
         alive=alive,
-        sums=jax.tree.map(lambda s, x: s.at[batch].add(add(x, 0.0)), chain.sums, total),
-        counts=chain.counts.at[batch].add(add(float(layout.draws), 0.0)),
+        sums=jax.tree.map(lambda s, x: s.at[batch].add(keep(x, 0.0)), chain.sums, total),
+        counts=chain.counts.at[batch].add(keep(jnp.asarray(layout.draws, chain.counts.dtype), 0.0)),
         trace=jax.lax.dynamic_update_slice_in_dim(
-            chain.trace, add(values, jnp.nan), index * layout.draws, 0
+            chain.trace, keep(values, jnp.nan), index * layout.draws, 0
         ),
-        growth=jnp.maximum(chain.growth, add(sweep.growth, 0.0)),
-        truncated=chain.truncated + add(~sweep.whole, 0.0) / layout.num_segments,
-        remainder=chain.remainder + add(rows, 0.0) / layout.num_segments,
-        tail=chain.tail + add(tail, 0.0) / layout.num_segments,
+        growth=jnp.maximum(chain.growth, keep(sweep.growth, 0.0)),
+        truncated=chain.truncated + keep(~sweep.whole, 0.0) / layout.num_segments,
+        remainder=chain.remainder + keep(remainder, 0.0) / layout.num_segments,
+        tail=chain.tail + keep(tail, 0.0) / layout.num_segments,
     )
 
 
@@ -467,10 +460,12 @@ def _sweep_back(
 
     def norm(adjoint: list[Array]) -> Array:
         """‖λ‖ of the position, by row."""
-        return jax.vmap(lambda leaves: optax.tree.norm(position_of(floats_of_last.rebuild(leaves))))(adjoint)
+        return jax.vmap(
+            lambda leaves: optax.tree.norm(position_of(floats_of_last.rebuild(leaves)))
+        )(adjoint)
 
     def block(sweep: _Sweep, x: Any) -> tuple[_Sweep, tuple[Array, Array]]:
-        states, times, draw_after, chosen, in_tail = x
+        states, times, draw_after, chosen = x
 
         def add_source(sweep: _Sweep) -> tuple[_Sweep, Array]:
             values, gradients = source(sweep.after)
@@ -512,9 +507,7 @@ def _sweep_back(
         _, differential = jax.linearize(columns, position)
         scale = layout.every / posterior.nbeta
         added = jax.tree.map(lambda x: scale * x, jax.vmap(differential)(push))
-        squares = sum(
-            jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(added)
-        )
+        squares = sum(jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(added))
         return sweep._replace(
             adjoint=adjoint,
             after=jax.tree.map(lambda leaf: leaf[0], states),
@@ -550,7 +543,6 @@ def _sweep_back(
             (stop - layout.length + jnp.arange(layout.length)).reshape(shape),
             (after_window >= 0) & (after_window % layout.thin == 0),
             chosen,
-            block_ends <= layout.window,
         ),
         reverse=True,
     )
@@ -578,7 +570,9 @@ def _segment_all(  # type: ignore[no-untyped-def]
     posterior, restrictions, sampler, problem, growth_limit, chains, keys, key, index, plan, layout
 ):
     def segment(p: Posterior, chain: _Chain, chain_key: Key[Array, ""]) -> _Chain:
-        return _segment(p, sampler, plan, problem, layout, growth_limit, chain, chain_key, key, index)
+        return _segment(
+            p, sampler, plan, problem, layout, growth_limit, chain, chain_key, key, index
+        )
 
     return over_chains(segment, posterior, restrictions)(chains, keys)
 
@@ -600,8 +594,12 @@ def _run(
     shared = jax.random.fold_in(key, 2**32 - 1)
     chains = _start_all(posterior, group.restrictions, sampler, problem, keys, plan, layout)
     show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
-    label = "pathwise χ " + " … ".join(filter(None, dict.fromkeys((group.names[0], group.names[-1]))))
-    with tqdm(total=layout.num_segments, desc=label.strip(), unit="segment", leave=False, disable=not show) as bar:
+    label = "pathwise χ " + " … ".join(
+        filter(None, dict.fromkeys((group.names[0], group.names[-1])))
+    )
+    with tqdm(
+        total=layout.num_segments, desc=label.strip(), unit="segment", leave=False, disable=not show
+    ) as bar:
         for index in range(layout.num_segments):
             chains = _segment_all(
                 posterior, group.restrictions, sampler, problem, growth_limit, chains, keys,
@@ -659,9 +657,13 @@ def _cost(
     sweeps = layout.num_segments
     probes = sum(losses.shape[0] for losses in problem.probe_baseline.values())
     probes += problem.reference_baseline.shape[0]
-    return plan.num_chains * components * (
-        plan.num_steps * batch
-        + sweeps * layout.length * batch * (1 + 2 * rows)
-        + sweeps * layout.blocks * probes * (1 + 2 * rows) / 3
-        + plan.num_draws * problem.observed_samples
+    return (
+        plan.num_chains
+        * components
+        * (
+            plan.num_steps * batch
+            + sweeps * layout.length * batch * (1 + 2 * rows)
+            + sweeps * layout.blocks * probes * (1 + 2 * rows) / 3
+            + plan.num_draws * problem.observed_samples
+        )
     )

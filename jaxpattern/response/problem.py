@@ -1,4 +1,4 @@
-"""What every estimator of χ is given: rows, columns, and the losses at w* they are measured from."""
+"""What every estimator of χ is given: rows, columns, and their losses at w*."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Key, PyTree
 
-from jaxpattern.posterior import Posterior
+from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.types import Position
 
 
@@ -38,6 +38,10 @@ class GivenGradient:
     def centre(self) -> Position:
         """The position of w*."""
         return self.posterior.centre
+
+    def minibatch(self, key: Key[Array, ""], size: int | None) -> Minibatch:
+        """A mini-batch of the posterior."""
+        return self.posterior.minibatch(key, size)
 
     def loss_gradient(self, position: Position, minibatch: Position) -> Position:
         """g."""

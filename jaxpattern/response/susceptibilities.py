@@ -75,9 +75,7 @@ def susceptibilities(
     wanted = "a function, such as jp.covariance() returns"
     check_function("estimator", estimator, wanted, num_arguments=8)
     groups = component_groups(posterior, components)
-    problem = build_problem(
-        posterior, observables, named("probes", probes), reference, plan.chunk
-    )
+    problem = build_problem(posterior, observables, named("probes", probes), reference, plan.chunk)
     if components is None:
         rows = tuple(observables or ())
     elif observables is None:

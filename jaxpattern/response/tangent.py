@@ -32,7 +32,7 @@ from jaxpattern.types import Position
 
 
 class TangentState(NamedTuple):
-    """A sampler's state, its position, and the tangents of its floating-point leaves, `[G, ...]`."""
+    """A sampler's state, its position, and the tangents `[G, ...]` of its floating-point leaves."""
 
     position: Position
     state: PyTree[Array]
@@ -50,12 +50,13 @@ class TangentSampler:
 
     def __call__(self, posterior: Posterior) -> SamplingAlgorithm:
         algorithm, given = self.sampler(posterior), self.sampler(GivenGradient(posterior))
-        groups = [Minibatch(batch, None) for _, batch in sorted(self.problem.probes.items())]
+        groups = [batch for _, batch in sorted(self.problem.probes.items())]
 
         def init(position: Position, rng_key: Key[Array, ""]) -> TangentState:
             state = jax.tree.map(jnp.asarray, algorithm.init(position, rng_key))
             tangents = [
-                jnp.zeros((len(groups), *leaf.shape), leaf.dtype) for leaf in floats_of(state).leaves
+                jnp.zeros((len(groups), *leaf.shape), leaf.dtype)
+                for leaf in floats_of(state).leaves
             ]
             return TangentState(position_of(state), state, tangents)
 
@@ -65,14 +66,14 @@ class TangentSampler:
             reference = jax.grad(self._reference)(position, posterior, keys[0])
             gradients = [
                 jax.grad(self._group)(position, posterior, batch, key)
-                for (batch, _), key in zip(groups, keys[1:], strict=True)
+                for batch, key in zip(groups, keys[1:], strict=True)
             ]
             return jax.tree.map(
                 lambda base, *each: jnp.stack(each) - base[None], reference, *gradients
             )
 
         def step(key: Key[Array, ""], state: TangentState, minibatch: Minibatch) -> TangentState:
-            # The step keeps the key it would have had: the chain is the plain sampler's, bit for bit.
+            # The step keeps the key it would have had: the chain is the plain sampler's.
             tilt_key = jax.random.fold_in(key, 1)
             position, inner, tangents = state
             floats = floats_of(inner)
