@@ -53,6 +53,7 @@ the state. A Metropolis step is not a smooth function of h, so `mala` has no pat
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,8 +121,8 @@ def pathwise(
     Args:
         window: steps behind each draw. By default six relaxation times of the sampler in flat
             directions, 2/(εγ) for SGLD.
-        every: p, steps for each evaluation of the probes, at most `plan.thin`; it is lowered to a
-            divisor of `thin`. By default half a relaxation time.
+        every: p, steps for each evaluation of the probes; the nearest divisor of `plan.thin` is
+            taken. By default half a relaxation time.
         growth_limit: how far past what a contracting chain could reach the adjoint may grow.
         on_growth: `"truncate"` cuts the sweep there and says so; `"covariance"` measures a
             component in which that happened by `covariance()` instead, on chains of the same key.
@@ -262,9 +263,9 @@ def _layout(
     if window is None:
         assert relaxation is not None
         window = max(1, round(_WINDOW_RELAXATIONS * relaxation))
-    if every is None:
-        every = 1 if relaxation is None else max(1, round(relaxation / 2))
-    every = max(p for p in range(1, plan.thin + 1) if plan.thin % p == 0 and p <= every)
+    wanted = every or (1.0 if relaxation is None else max(1.0, relaxation / 2))
+    divisors = [p for p in range(1, plan.thin + 1) if plan.thin % p == 0]
+    every = min(divisors, key=lambda p: abs(math.log(p / wanted)))
     window = -(-window // every) * every
     # About two windows of draws share a sweep; segments are equal, and fill the batches evenly.
     wanted = max(1, _SEGMENT_WINDOWS * window // plan.thin)
