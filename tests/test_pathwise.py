@@ -471,3 +471,40 @@ def test_diverged_chains_are_left_out():
     assert any(isinstance(w.message, jp.DivergenceWarning) for w in caught)
     assert np.isfinite(np.asarray(response.chi["all"])).all()
     assert np.isfinite(np.asarray(response.stderr["all"])).all()
+
+
+@pytest.mark.parametrize("estimator", [
+    jp.covariance(direct=True), jp.pathwise(direct=True, window=150),
+], ids=["covariance", "pathwise"])  # fmt: skip
+def test_the_llc_with_its_own_loss_reweighted(estimator):
+    """Both conventions of ∂λ̂/∂ρ on the Gaussian model, whose chain has a small step here.
+
+    False alarms: 8 columns at 5 standard errors with 39 degrees of freedom, 1e-4.
+    """
+    losses, centre, data = gaussian_problem()
+    posterior = jp.localized_posterior(
+        gaussian_loss, {"w": jnp.asarray(centre, jnp.float32)}, data, nbeta=30.0, localization=10.0
+    )
+    plan = jp.Plan(num_chains=8, num_burnin=200, num_draws=200, thin=20, num_batches=5)
+    response = jp.susceptibilities(
+        KEY, posterior, jp.sgld(step_size=2e-3), plan, probes={"all": data},
+        components={"all": jp.by_path("*")}, estimator=estimator, progress=False,
+    )  # fmt: skip
+    fixed, direct = gaussian.llc_weight_derivative(losses, centre, nbeta=30.0, localization=10.0)
+    measured = 30.0**2 / 8 * np.asarray(response.chi["all"][0])
+    stderr = 30.0**2 / 8 * np.asarray(response.stderr["all"][0])
+    # The step inflates variances by εP/4, 3 % at the stiffest direction.
+    slack = 0.06 * np.maximum(np.abs(fixed), np.abs(direct)).max()
+    assert np.all(np.abs(measured - fixed - direct) < 5 * stderr + slack)
+    assert np.max(np.abs(direct) / (5 * stderr + slack)) > 1.5
+
+
+def test_the_direct_term_needs_excess_losses():
+    params, data = tiny_network()
+    posterior = jp.localized_posterior(network_loss, params, data, nbeta=20.0, localization=30.0)
+    for estimator in (jp.covariance(direct=True), jp.pathwise(direct=True)):
+        with pytest.raises(ValueError, match="rows must be excess losses"):
+            jp.susceptibilities(
+                KEY, posterior, SAMPLERS["sgld"], jp.Plan(), observables=OBSERVABLES,
+                probes={"all": data}, estimator=estimator,
+            )  # fmt: skip

@@ -29,12 +29,14 @@ from jaxpattern.diagnostics import batch_of
 from jaxpattern.moments import Moments, outer
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.assembly import Part, assemble, summarize_rows
-from jaxpattern.response.problem import ComponentGroup, Estimator, Problem
+from jaxpattern.response.problem import ComponentGroup, Estimator, Problem, check_direct
 from jaxpattern.response.result import Response
 from jaxpattern.sampling import Chain, Plan, check_alive, position_of, run_chains, write_draw
 
 
-def covariance(*, form: Literal["centred", "hybrid"] = "centred") -> Estimator:
+def covariance(
+    *, form: Literal["centred", "hybrid"] = "centred", direct: bool = False
+) -> Estimator:
     """The covariance estimator of χ, as in the published work, with standard errors.
 
     Unbiased in the limit of long chains, with noise set by the full size of the fluctuations of φ
@@ -43,6 +45,9 @@ def covariance(*, form: Literal["centred", "hybrid"] = "centred") -> Estimator:
     Args:
         form: `"centred"`: every moment from the component's own chains. `"hybrid"`: E[ℓ_z − L]
             from chains over all weights, as devinterp computes it; needs `components`.
+        direct: also let the loss inside φ be re-weighted, which adds ⟨D_z⟩/nβ − D_z(w*)/nβ with
+            D_z = ℓ_z − L: the response of an LLC in its second convention, see `jaxpattern.llc`.
+            Rows must be excess losses, so no observables.
 
     Raises:
         ValueError: `form` is neither.
@@ -62,6 +67,8 @@ def covariance(*, form: Literal["centred", "hybrid"] = "centred") -> Estimator:
     ) -> Response:
         if form == "hybrid" and groups[0].restrictions is None:
             raise ValueError("form='hybrid' compares components with all weights: give components")
+        if direct:
+            check_direct(problem)
         run = partial(_run, key, posterior, sampler, plan, progress=progress)
         # Component ids count from 0; the chains over all weights come after the last of them.
         everything = ComponentGroup(("all weights",), (sum(len(g.ids) for g in groups),), None)
@@ -73,7 +80,9 @@ def covariance(*, form: Literal["centred", "hybrid"] = "centred") -> Estimator:
             chains = run(problem, group)
             for position, index in enumerate(group.ids):
                 chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
-                parts[index] = _summarize_component(chain, full, problem, plan)
+                parts[index] = _summarize_component(
+                    chain, full, problem, plan, posterior.nbeta if direct else None
+                )
         steps = plan.num_steps * (plan.batch_size or posterior.num_samples)
         passes = plan.num_draws * problem.forward_passes / 3
         cost = plan.num_chains * (len(parts) + (full is not None)) * (steps + passes)
@@ -147,7 +156,9 @@ def _run(
     return chains
 
 
-def _summarize_component(chain: Chain, full: Chain | None, problem: Problem, plan: Plan) -> Part:
+def _summarize_component(
+    chain: Chain, full: Chain | None, problem: Problem, plan: Plan, direct: Array | float | None
+) -> Part:
     """χ of one component from the batches of its chains."""
     alive = chain.alive
     pooled, trace = chain.accumulator
@@ -160,7 +171,7 @@ def _summarize_component(chain: Chain, full: Chain | None, problem: Problem, pla
         means = jax.tree.map(lambda x: x[0].reshape(-1, *x.shape[3:]), means)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pooled)
     weight = jnp.repeat(alive, plan.batches)
-    chi, stderr, halves, batches = _estimate(flat, weight, problem.offsets, means)
+    chi, stderr, halves, batches = _estimate(flat, weight, problem.offsets, means, direct)
     summary = summarize_rows(trace, alive, problem, plan)
     return Part(chi, stderr, halves, batches, summary, ~alive, {})
 
@@ -171,6 +182,7 @@ def _estimate(
     alive: Bool[Array, " batches"],
     offsets: Float[Array, " rows"],
     full_means: dict[str, Array] | None,
+    nbeta: Float[Array, ""] | float | None,
 ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array], dict[str, Array]]:
     """χ, its standard error, χ of two halves, and the batches' estimates of the set means."""
     count = pooled.weight * alive
@@ -183,7 +195,11 @@ def _estimate(
     def columns(name: str) -> tuple[Array, Array, Array, Array]:
         mean_b, comoment = pooled.mean_b[name], pooled.comoment[name]
         full = None if full_means is None else full_means[name]
-        args = (count, pooled.mean_a, mean_b, comoment, offsets, full)
+        # One factor turns the mean over draws into the unbiased n − 1 form of independent draws.
+        total = jnp.sum(count)
+        bessel = total / (total - 1) if full is None else jnp.ones_like(total)
+        direct = 0.0 if nbeta is None else 1 / (bessel * nbeta)
+        args = (count, pooled.mean_a, mean_b, comoment, offsets, full, direct)
         share = count / jnp.sum(count)
         centre = _centres(share, *args)
         chi = _mean(share, centre, *args)
@@ -200,9 +216,6 @@ def _estimate(
         for half in (first, second):
             half_share = count * half / jnp.sum(count * half)
             halves.append(_mean(half_share, _centres(half_share, *args), *args))
-        # One factor turns the mean over draws into the unbiased n − 1 form of independent draws.
-        total = jnp.sum(count)
-        bessel = total / (total - 1) if full is None else jnp.ones_like(total)
         return bessel * chi, bessel * stderr, bessel * jnp.stack(halves), bessel * batches
 
     results = {name: columns(name) for name in pooled.comoment}
@@ -220,7 +233,7 @@ class _Centres(NamedTuple):
     full: Array
 
 
-def _centres(share, count, mean_a, mean_b, comoment, offsets, full):  # type: ignore[no-untyped-def]
+def _centres(share, count, mean_a, mean_b, comoment, offsets, full, direct):  # type: ignore[no-untyped-def]
     b = _weighted(share, mean_b)
     return _Centres(_weighted(share, mean_a), b, b if full is None else _weighted(share, full))
 
@@ -231,7 +244,7 @@ def _weighted(share: Array, values: Array) -> Array:
     return jnp.sum(jnp.where(share > 0, share * values, 0.0), axis=0)
 
 
-def _batch_value(g, centre, count, mean_a, mean_b, comoment, offsets, full):  # type: ignore[no-untyped-def]
+def _batch_value(g, centre, count, mean_a, mean_b, comoment, offsets, full, direct):  # type: ignore[no-untyped-def]
     """x_g, for the centred or the hybrid form."""
     x = outer(mean_a[g] - centre.a, mean_b[g] - centre.b)
     x = x + comoment[g] / jnp.maximum(count[g], 1.0)
@@ -240,7 +253,8 @@ def _batch_value(g, centre, count, mean_a, mean_b, comoment, offsets, full):  # 
         phi = centre.a + offsets
         x = x + outer(mean_a[g] + offsets, centre.b - centre.full)
         x = x + outer(phi, mean_b[g] - centre.b - (full[g] - centre.full))
-    return -jnp.where(count[g] > 0, x, 0.0)
+    x = direct * mean_b[g][None] - x
+    return jnp.where(count[g] > 0, x, 0.0)
 
 
 def _mean(share, centre, *args):  # type: ignore[no-untyped-def]

@@ -70,7 +70,7 @@ from jaxpattern.diagnostics import batch_of
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
 from jaxpattern.response.covariance import covariance
-from jaxpattern.response.problem import ComponentGroup, Estimator, Problem
+from jaxpattern.response.problem import ComponentGroup, Estimator, Problem, check_direct
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.step import GivenGradient, floats_of
 from jaxpattern.response.tangent import tangent_cost, tangent_response
@@ -104,6 +104,7 @@ def pathwise(
     on_growth: Literal["truncate", "covariance"] = "truncate",
     mode: Literal["adjoint", "tangent", "auto"] = "adjoint",
     probe_batch: int | None = None,
+    direct: bool = False,
 ) -> Estimator:
     """The pathwise estimator of χ: nβ χ_z = E Σ_t ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, c_t the chain's adjoint.
 
@@ -133,6 +134,9 @@ def pathwise(
             whichever is cheaper; `Response.estimator` says which.
         probe_batch: samples of each probe set, and of the reference, drawn afresh at each step
             in tangent mode; None: all of them.
+        direct: also let the loss inside φ be re-weighted, which adds ⟨D_z⟩/nβ − D_z(w*)/nβ with
+            D_z = ℓ_z − L: the response of an LLC in its second convention, see `jaxpattern.llc`.
+            Rows must be excess losses, so no observables; not in tangent mode.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -166,10 +170,14 @@ def pathwise(
                 "pathwise needs a sampler whose step takes (key, state, minibatch) and is smooth; "
                 "a Metropolis kernel such as mala is not: use estimator=covariance()"
             )
+        if direct:
+            check_direct(problem)
+            if mode != "adjoint":
+                raise ValueError(f"direct needs mode='adjoint', got {mode!r}")
         components = len(rows) // problem.num_rows
         forwards = tangent_cost(posterior, plan, problem, probe_batch, components)
         if mode != "tangent":
-            layout = _layout(posterior, sampler, plan, window, every)
+            layout = _layout(posterior, sampler, plan, window, every, direct)
             cost = _cost(posterior, plan, problem, layout, components)
         if mode == "tangent" or (mode == "auto" and forwards < cost):
             return tangent_response(
@@ -201,7 +209,9 @@ def pathwise(
                 stacklevel=3,
             )
             if on_growth == "covariance":
-                other = covariance()(key, posterior, sampler, plan, problem, groups, rows, progress)
+                other = covariance(direct=direct)(
+                    key, posterior, sampler, plan, problem, groups, rows, progress
+                )
                 response = _choose(response, other, grown)
         return group_mean(response) if mode == "auto" else response
 
@@ -220,6 +230,7 @@ class _Layout(NamedTuple):
     thin: int
     draws: int
     num_segments: int
+    direct: bool
 
     @property
     def length(self) -> int:
@@ -250,7 +261,12 @@ class _Layout(NamedTuple):
 
 
 def _layout(
-    posterior: Posterior, sampler: Any, plan: Plan, window: int | None, every: int | None
+    posterior: Posterior,
+    sampler: Any,
+    plan: Plan,
+    window: int | None,
+    every: int | None,
+    direct: bool,
 ) -> _Layout:
     """Window and probe spacing from the relaxation time, where they are not given."""
     relaxation = None
@@ -275,7 +291,7 @@ def _layout(
         for m in range(1, plan.num_draws + 1)
         if plan.num_draws % m == 0 and m <= min(wanted, most)
     )
-    return _Layout(window, every, plan.thin, draws, plan.num_draws // draws)
+    return _Layout(window, every, plan.thin, draws, plan.num_draws // draws, direct)
 
 
 class _Chain(NamedTuple):
@@ -505,10 +521,13 @@ def _sweep_back(
             excess = problem.excess_reference(posterior, position)
             return problem.columns(posterior, position, excess)
 
-        _, differential = jax.linearize(columns, position)
+        level, differential = jax.linearize(columns, position)
         scale = layout.every / posterior.nbeta
         added = jax.tree.map(lambda x: scale * x, jax.vmap(differential)(push))
         squares = sum(jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(added))
+        if layout.direct:
+            share = layout.draws / layout.blocks / posterior.nbeta
+            added = jax.tree.map(lambda x, d: x + share * d[None], added, level)
         return sweep._replace(
             adjoint=adjoint,
             after=jax.tree.map(lambda leaf: leaf[0], states),

@@ -199,6 +199,15 @@ def _check_observables(
     return functions, offsets
 
 
+def check_direct(problem: Problem) -> None:
+    """Rows whose loss can be re-weighted along with the posterior."""
+    if problem.observables is not None:
+        raise ValueError(
+            "direct re-weights the loss inside φ, so rows must be excess losses: leave observables "
+            "out and give components, such as {'all': jp.by_path('*')}"
+        )
+
+
 def named(name: str, pairs: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """A dictionary from a mapping or pairs, whose names are strings and used once."""
     if not isinstance(pairs, Iterable) or isinstance(pairs, str):
