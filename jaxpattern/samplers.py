@@ -154,7 +154,9 @@ def sgnht(
 
     With h = √(ε/2), so that the gradient moves the weights by (ε/2) ∇log p as in SGLD:
     w ← w + h p,  p ← (1 − ξh) p + h ∇log p + √(2αh) η,  ξ ← ξ + h (p·p/d − 1).
-    The thermostat absorbs mini-batch noise that is the same in all directions.
+    The thermostat absorbs mini-batch noise that is the same in all directions. These are explicit
+    Euler steps: a direction of precision P is sampled at a temperature of about
+    1 + h (P − P̄)/α − αh/2, with P̄ the mean precision, so it needs hP ≪ α ≪ 1/h; `sweep` shows it.
 
     Args:
         step_size: ε > 0, in squared units of the weights.

@@ -174,7 +174,7 @@ def test_draws_of_weight_zero_count_for_nothing():
     expected = numpy_covariance(a, b, weights)
     a[weights == 0], b[weights == 0] = np.nan, np.inf
     streamed = stream(a, b, weights)
-    np.testing.assert_allclose(streamed.count, weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(streamed.weight, weights.sum(), rtol=1e-6)
     np.testing.assert_allclose(moments.finalize(streamed), expected, rtol=2e-5, atol=1e-6)
 
 
