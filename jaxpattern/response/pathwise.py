@@ -98,7 +98,10 @@ def pathwise(
 ) -> Estimator:
     """The pathwise estimator of χ: nβ χ_z = E Σ_t ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, c_t the chain's adjoint.
 
-    It is the derivative of the chain itself; the module's docstring derives it. Its `diagnostics`
+    It is the derivative of the chain itself; the module's docstring derives it. Estimates of draws
+    whose windows overlap are correlated: standard errors are too small unless the plan's batches of
+    draws are several windows long, and a few draws a batch share no sweep and cost the most. Its
+    `diagnostics`
     have a leading row axis:
 
     * `"tail"`, `[K, blocks]`: root mean square over the columns of what each block of steps before
