@@ -1,6 +1,7 @@
 """Pathwise against covariance: error for compute, on a trained language model and real text.
 
-Aimed at, and not all met yet (the exit status says), at nβ = 30, γ = 300, ε = 1e-3, per-token χ of the excess loss:
+Aimed at, and not all met yet (the exit status says), at nβ = 30, γ = 300, ε = 1e-3, for the
+per-token χ of the excess loss:
   * restricted to a head: at least 20 times less compute at equal error;
   * all weights, mini-batches of 16: at least 50 times less;
   * a pathwise step costs at most 4 bare gradients of the same mini-batch.

@@ -101,8 +101,7 @@ def pathwise(
     It is the derivative of the chain itself; the module's docstring derives it. Estimates of draws
     whose windows overlap are correlated: standard errors are too small unless the plan's batches of
     draws are several windows long, and a few draws a batch share no sweep and cost the most. Its
-    `diagnostics`
-    have a leading row axis:
+    `diagnostics` have a leading row axis:
 
     * `"tail"`, `[K, blocks]`: root mean square over the columns of what each block of steps before
       the first draw of a segment adds to χ, over that of χ; the last entries say what the window
