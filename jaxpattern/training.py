@@ -16,7 +16,14 @@ from tqdm import tqdm
 from jaxpattern.posterior import Minibatch, check_finite_losses, check_loss, normalise_weights
 from jaxpattern.sampling import as_pytree_function
 from jaxpattern.types import Batch, LossFn, Params
-from jaxpattern.validation import batch_length, check_count, check_params, holds, is_concrete
+from jaxpattern.validation import (
+    batch_length,
+    check_count,
+    check_params,
+    check_typed_key,
+    holds,
+    is_concrete,
+)
 
 _RECORDS = 20
 
@@ -241,9 +248,7 @@ def _advance(
 
 def _check_train_key(key: Any) -> int | None:
     """The number of seeds, or None for a single key."""
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        kind = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else type(key).__name__
-        raise TypeError(f"key must be a typed key (or keys) from jax.random.key(seed), got {kind}")
+    check_typed_key(key)
     if key.ndim > 1:
         raise TypeError(f"key must be one key or keys of shape [S], got shape {key.shape}")
     return None if key.ndim == 0 else key.shape[0]

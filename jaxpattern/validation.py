@@ -27,11 +27,16 @@ def holds(predicate: Callable[..., Any], *values: Any) -> bool:
         return bool(predicate(*values))
 
 
-def check_key(key: Any) -> None:
-    """A single typed random key."""
+def check_typed_key(key: Any) -> None:
+    """A typed random key, or an array of them."""
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         kind = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else type(key).__name__
         raise TypeError(f"key must be a typed key from jax.random.key(seed), got {kind}")
+
+
+def check_key(key: Any) -> None:
+    """A single typed random key."""
+    check_typed_key(key)
     if key.shape != ():
         raise TypeError(f"key must be one key, got an array of keys of shape {key.shape}")
 

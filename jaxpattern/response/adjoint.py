@@ -393,11 +393,9 @@ def run_adjoint(
     shared = jax.random.fold_in(key, 2**32 - 1)
     chains = _start_all(posterior, group.restrictions, sampler, problem, keys, plan, layout)
     show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
-    label = "pathwise χ " + " … ".join(
-        filter(None, dict.fromkeys((group.names[0], group.names[-1])))
-    )
+    label = f"pathwise χ {group.label}".strip()
     with tqdm(
-        total=layout.num_segments, desc=label.strip(), unit="segment", leave=False, disable=not show
+        total=layout.num_segments, desc=label, unit="segment", leave=False, disable=not show
     ) as bar:
         for index in range(layout.num_segments):
             chains = _segment_all(

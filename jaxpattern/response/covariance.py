@@ -139,8 +139,6 @@ def _run(
     *,
     progress: bool,
 ) -> Chain:
-    named = [name for name in group.names if name]
-    label = "χ" if not named else f"χ {named[0]}" + (f" … {named[-1]}" if named[1:] else "")
     chains = run_chains(
         key,
         posterior,
@@ -149,7 +147,7 @@ def _run(
         _CoMoments(problem),
         restrictions=group.restrictions,
         component_ids=group.ids,
-        label=label,
+        label=f"χ {group.label}".strip(),
         progress=progress,
     )
     check_alive(chains.alive, group.names, posterior)

@@ -103,6 +103,11 @@ class ComponentGroup(NamedTuple):
     ids: tuple[int, ...]
     restrictions: Restriction | None
 
+    @property
+    def label(self) -> str:
+        """The first and the last name, for a progress line."""
+        return " … ".join(dict.fromkeys((self.names[0], self.names[-1])))
+
 
 @runtime_checkable
 class Estimator(Protocol):

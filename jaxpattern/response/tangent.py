@@ -198,7 +198,7 @@ def tangent_response(
             TangentRecorder(problem),
             restrictions=group.restrictions,
             component_ids=group.ids,
-            label="tangent χ",
+            label=f"tangent χ {group.label}".strip(),
             progress=progress,
         )
         check_alive(chains.alive, group.names, posterior)
