@@ -47,6 +47,7 @@ class Layout(NamedTuple):
     batches: int
     antithetic: bool
     hessian_batch: int | None
+    reference_batch: int | None
 
     @property
     def length(self) -> int:
@@ -271,7 +272,7 @@ def _sweep_back(
         )(adjoint)
 
     def block(sweep: _Sweep, x: Any) -> tuple[_Sweep, tuple[Array, Array]]:
-        states, times, draw_after, chosen = x
+        states, times, draw_after, chosen, index = x
 
         def add_source(sweep: _Sweep) -> tuple[_Sweep, Array]:
             values, gradients = source(sweep.after)
@@ -307,7 +308,12 @@ def _sweep_back(
         push = jax.tree.map(lambda leaf: _rowwise(whole, leaf, 0.0), push)
 
         def columns(position: Position) -> dict[str, Array]:
-            return problem.columns(posterior, position)[1]
+            if layout.reference_batch is None:
+                return problem.columns(posterior, position)[1]
+            # L of fresh samples, without bias: λ does not depend on them.
+            reference_key = jax.random.fold_in(choice_key, 1 + index)
+            minibatch = posterior.minibatch(reference_key, layout.reference_batch)
+            return problem.columns(posterior, position, posterior.loss(position, minibatch))[1]
 
         level, differential = jax.linearize(columns, position)
         scale = layout.every / posterior.nbeta
@@ -329,7 +335,9 @@ def _sweep_back(
     block_ends = layout.every * (1 + jnp.arange(layout.blocks))
     after_window = block_ends - layout.window
     # A step of each block; a twin takes the opposite one, and what is linear in the step cancels.
-    chosen = jax.random.randint(choice_key, (layout.blocks,), 0, layout.every)
+    chosen = jax.random.randint(
+        jax.random.fold_in(choice_key, 0), (layout.blocks,), 0, layout.every
+    )
     if posterior.mirror is not None:
         chosen = jnp.where(posterior.mirror < 0, layout.every - 1 - chosen, chosen)
     sweep = _Sweep(
@@ -352,6 +360,7 @@ def _sweep_back(
             (stop - layout.length + jnp.arange(layout.length)).reshape(shape),
             (after_window >= 0) & (after_window % layout.thin == 0),
             chosen,
+            jnp.arange(layout.blocks),
         ),
         reverse=True,
     )

@@ -195,7 +195,7 @@ def pathwise(
         forwards = tangent_cost(posterior, plan, problem, probe_batch, components)
         if mode != "tangent":
             layout = _layout(
-                posterior, sampler, plan, groups, window, every, antithetic, hessian_batch,
+                posterior, sampler, plan, problem, groups, window, every, antithetic, hessian_batch,
                 direct,
             )  # fmt: skip
             cost = _cost(posterior, plan, problem, layout, components)
@@ -243,6 +243,7 @@ def _layout(
     posterior: Posterior,
     sampler: Any,
     plan: Plan,
+    problem: Problem,
     groups: list[ComponentGroup],
     window: int | None,
     every: int | None,
@@ -285,6 +286,7 @@ def _layout(
     return Layout(
         window, every, plan.thin, draws, plan.num_draws // draws, direct, batches, antithetic,
         part if part < batch else None,
+        plan.batch_size if problem.reference_is_data and not direct else None,
     )  # fmt: skip
 
 
@@ -352,7 +354,8 @@ def _cost(
     rows = problem.num_rows
     batch = plan.batch_size or posterior.num_samples
     sweeps = layout.num_segments
-    probes = problem.column_samples
+    reference = layout.reference_batch or problem.reference_samples
+    probes = problem.probe_samples + reference
     return (
         plan.num_chains
         * components

@@ -38,6 +38,7 @@ class Problem:
     reference_baseline: Losses
     chunk: int | None = field(metadata={"static": True})
     reference_probe: str | None = field(default=None, metadata={"static": True})
+    reference_is_data: bool = field(default=False, metadata={"static": True})
 
     @property
     def num_rows(self) -> int:
@@ -75,19 +76,21 @@ class Problem:
         return self.rows(posterior, position, excess)
 
     def columns(
-        self, posterior: Posterior, position: Position
+        self, posterior: Posterior, position: Position, excess: Float[Array, ""] | None = None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
-        """L(w) − L(w*), and D_z(w) − D_z(w*) with D_z = ℓ_z − L."""
+        """L(w) − L(w*), unless it is given, and D_z(w) − D_z(w*) with D_z = ℓ_z − L."""
         params = posterior.embed(position)
         deviations = {
             name: losses_in_chunks(posterior.loss_fn, params, batch, self.chunk)
             - self.probe_baseline[name]
             for name, batch in self.probes.items()
         }
-        if self.reference_probe is None:
-            excess = self.excess_reference(posterior, position)
-        else:
-            excess = self._mean_over_reference(deviations[self.reference_probe])
+        if excess is None:
+            name = self.reference_probe
+            if name is None:
+                excess = self.excess_reference(posterior, position)
+            else:
+                excess = self._mean_over_reference(deviations[name])
         return excess, {name: deviation - excess for name, deviation in deviations.items()}
 
     @property
@@ -98,15 +101,20 @@ class Problem:
         return sum(getattr(phi, "num_samples", 0) for phi in self.observables)
 
     @property
-    def column_samples(self) -> int:
-        """Samples behind the columns."""
-        probes = sum(losses.shape[0] for losses in self.probe_baseline.values())
-        return probes + (self.reference_baseline.shape[0] if self.reference_probe is None else 0)
+    def probe_samples(self) -> int:
+        """Samples of all probe sets."""
+        return sum(losses.shape[0] for losses in self.probe_baseline.values())
+
+    @property
+    def reference_samples(self) -> int:
+        """Samples behind L that are not passed forward as probes."""
+        return self.reference_baseline.shape[0] if self.reference_probe is None else 0
 
     @property
     def forward_passes(self) -> int:
         """Samples passed forward at a draw of the covariance estimator."""
-        return self.column_samples + (0 if self.observables is None else self.observed_samples)
+        observed = 0 if self.observables is None else self.observed_samples
+        return observed + self.probe_samples + self.reference_samples
 
 
 class ComponentGroup(NamedTuple):
@@ -184,6 +192,7 @@ def build_problem(
         reference_baseline=reference_baseline,
         chunk=chunk,
         reference_probe=same[0] if same else None,
+        reference_is_data=reference is None,
     )
 
 
