@@ -14,6 +14,14 @@ from jaxpattern.inversion import (
     truncated,
 )
 from jaxpattern.llc import LocalLearningCoefficient, llc
+from jaxpattern.metrics import (
+    in_context_score,
+    induction_loss,
+    prefix_matching_score,
+    previous_token_score,
+    repeated_bigrams,
+    repeated_tokens,
+)
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
@@ -62,6 +70,8 @@ __all__ = [
     "entropic",
     "excess_loss",
     "group_mean",
+    "in_context_score",
+    "induction_loss",
     "laplace",
     "least_norm",
     "llc",
@@ -69,6 +79,10 @@ __all__ = [
     "mala",
     "mean_loss",
     "pathwise",
+    "prefix_matching_score",
+    "previous_token_score",
+    "repeated_bigrams",
+    "repeated_tokens",
     "restrict",
     "ridge",
     "rmsprop_sgld",
