@@ -1,5 +1,6 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
+from jaxpattern.components import components
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (
     Intervention,
@@ -65,6 +66,7 @@ __all__ = [
     "by_path",
     "by_slice",
     "complement",
+    "components",
     "coordinates",
     "covariance",
     "entropic",
