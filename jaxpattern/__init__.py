@@ -43,6 +43,7 @@ from jaxpattern.restriction import (
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
 from jaxpattern.sweep import Sweep, sweep
+from jaxpattern.token_table import TokenInContext, extreme_tokens, format_tokens
 from jaxpattern.training import History, train
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "Solution",
     "Summary",
     "Sweep",
+    "TokenInContext",
     "UnreachableTarget",
     "box",
     "by_mask",
@@ -73,6 +75,8 @@ __all__ = [
     "covariance",
     "entropic",
     "excess_loss",
+    "extreme_tokens",
+    "format_tokens",
     "group_mean",
     "in_context_score",
     "induction_loss",
