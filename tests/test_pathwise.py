@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -65,11 +66,11 @@ class Tilted:
         return self.posterior.drift(position, self.loss_gradient(position, minibatch))
 
 
-def expectation_of_chains(posterior, sampler, plan, probes, tilt):
+def expectation_of_chains(posterior, sampler, plan, probes, antithetic, tilt):
     """The mean of the observables over all draws of all chains, by a plain loop of the sampler."""
-    kernel = build_kernel(Tilted(posterior, probes, tilt), sampler, plan)
 
-    def chain(key):
+    def chain(key, posterior):
+        kernel = build_kernel(Tilted(posterior, probes, tilt), sampler, plan)
         streams = streams_of(key)
 
         def step(state, t):
@@ -81,8 +82,11 @@ def expectation_of_chains(posterior, sampler, plan, probes, tilt):
         _, values = jax.lax.scan(step, state, jnp.arange(plan.num_steps))
         return jnp.mean(values[plan.num_burnin + plan.thin - 1 :: plan.thin], axis=0)
 
-    keys = chain_keys(KEY, (0,), plan.num_chains)[0]
-    return jnp.mean(jax.vmap(chain)(keys), axis=0)
+    keys = chain_keys(KEY, (0,), plan.num_chains, antithetic)[0]
+    if not antithetic:
+        return jnp.mean(jax.vmap(partial(chain, posterior=posterior))(keys), axis=0)
+    twins = [replace(posterior, mirror=jnp.asarray((-1.0) ** c)) for c in range(plan.num_chains)]
+    return jnp.mean(jnp.stack([chain(key, p) for key, p in zip(keys, twins, strict=True)]), axis=0)
 
 
 SAMPLERS = {
@@ -99,18 +103,18 @@ MINIBATCHES = jp.Plan(num_chains=2, num_burnin=0, num_draws=2, thin=3, batch_siz
 BURN_IN = jp.Plan(num_chains=1, num_burnin=3, num_draws=4, thin=1, batch_size=None)
 PART = jp.by_slice({"a": (1, [0, 2])})
 FAST_CASES = [
-    ("sgld", None, MINIBATCHES),
-    ("sgnht", None, BURN_IN),
-    ("rmsprop", PART, MINIBATCHES),
+    ("sgld", None, MINIBATCHES, True),
+    ("sgnht", None, BURN_IN, False),
+    ("rmsprop", PART, MINIBATCHES, True),
 ]
 EXACT_CASES = [
     pytest.param(*case, marks=() if case in FAST_CASES else pytest.mark.slow)
-    for case in itertools.product(SAMPLERS, (None, PART), (MINIBATCHES, BURN_IN))
+    for case in itertools.product(SAMPLERS, (None, PART), (MINIBATCHES, BURN_IN), (False, True))
 ]
 
 
-@pytest.mark.parametrize(("name", "restriction", "plan"), EXACT_CASES)
-def test_equals_reverse_mode_through_the_whole_chain(x64, name, restriction, plan):
+@pytest.mark.parametrize(("name", "restriction", "plan", "antithetic"), EXACT_CASES)
+def test_equals_reverse_mode_through_the_whole_chain(x64, name, restriction, plan, antithetic):
     sampler = SAMPLERS[name]
     params, data = tiny_network()
     posterior = jp.localized_posterior(network_loss, params, data, nbeta=20.0, localization=30.0)
@@ -119,11 +123,13 @@ def test_equals_reverse_mode_through_the_whole_chain(x64, name, restriction, pla
     response = jp.susceptibilities(
         KEY, posterior, sampler, plan,
         observables=OBSERVABLES, probes={"all": data},
-        estimator=jp.pathwise(window=100, every=1, growth_limit=1e6), progress=False,
+        estimator=jp.pathwise(
+            window=100, every=1, antithetic=antithetic, hessian_batch=6, growth_limit=1e6
+        ),
+        progress=False,
     )  # fmt: skip
-    exact = jax.jit(jax.jacrev(partial(expectation_of_chains, posterior, sampler, plan, data)))(
-        jnp.zeros(6)
-    )
+    expectation = partial(expectation_of_chains, posterior, sampler, plan, data, antithetic)
+    exact = jax.jit(jax.jacrev(expectation))(jnp.zeros(6))
     np.testing.assert_allclose(response.chi["all"], exact / 20.0, rtol=1e-9, atol=1e-14)
 
 
@@ -141,7 +147,9 @@ def test_tangents_equal_the_adjoint_on_the_same_chain(x64):
         jp.susceptibilities, KEY, posterior, sampler, plan,
         observables=OBSERVABLES, probes=probes, progress=False,
     )  # fmt: skip
-    adjoint = jp.group_mean(run(estimator=jp.pathwise(window=50, every=1, growth_limit=1e6)))
+    adjoint = jp.group_mean(
+        run(estimator=jp.pathwise(window=50, every=1, hessian_batch=3, growth_limit=1e6))
+    )
     tangent = run(estimator=jp.pathwise(mode="tangent"))
     assert tangent.estimator == "pathwise (tangent)"
     for name in probes:

@@ -62,7 +62,7 @@ class TangentSampler:
 
         def tilt_gradient(key: Key[Array, ""], position: Position) -> Position:
             """∇(ℓ_g − L) of every group, `[G, ...]`."""
-            keys = jax.random.split(key, len(groups) + 1)
+            keys = jax.random.split(posterior.own_key(key), len(groups) + 1)
             reference = jax.grad(self._reference)(position, posterior, keys[0])
             gradients = [
                 jax.grad(self._group)(position, posterior, batch, key)
@@ -184,6 +184,7 @@ def tangent_response(
     groups: list[ComponentGroup],
     rows: tuple[str, ...],
     probe_batch: int | None,
+    antithetic: bool,
     progress: bool,
 ) -> Response:
     """The data-mixture response: a column a probe set, of all observables at once."""
@@ -198,6 +199,7 @@ def tangent_response(
             TangentRecorder(problem),
             restrictions=group.restrictions,
             component_ids=group.ids,
+            antithetic=antithetic,
             label=f"tangent χ {group.label}".strip(),
             progress=progress,
         )
@@ -206,8 +208,8 @@ def tangent_response(
             chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
             total = chain.accumulator
             sums = {name: total.sums[..., g] for g, name in enumerate(sorted(problem.probes))}
-            estimates = batch_estimates(sums, total.counts, chain.alive)
-            summary = summarize_rows(total.trace, chain.alive, problem, plan)
+            estimates = batch_estimates(sums, total.counts, chain.alive, antithetic)
+            summary = summarize_rows(total.trace, chain.alive, problem, plan.batches, antithetic)
             parts[index] = Part(*estimates, summary, ~chain.alive, {})
     cost = tangent_cost(posterior, plan, problem, probe_batch, len(parts))
     return assemble(parts, posterior, problem, rows, cost, "pathwise (tangent)", grouped=True)
