@@ -27,6 +27,7 @@ from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
+from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
 from jaxpattern.response.laplace import laplace
 from jaxpattern.response.pathwise import GrowthWarning, pathwise
 from jaxpattern.response.result import Response, group_mean
@@ -47,6 +48,7 @@ from jaxpattern.token_table import TokenInContext, extreme_tokens, format_tokens
 from jaxpattern.training import History, train
 
 __all__ = [
+    "CoordinateRegression",
     "DivergenceError",
     "DivergenceWarning",
     "GrowthWarning",
@@ -90,6 +92,7 @@ __all__ = [
     "prefix_matching_score",
     "previous_token_score",
     "principal_directions",
+    "regress_coordinates",
     "repeated_bigrams",
     "repeated_tokens",
     "restrict",
