@@ -44,7 +44,13 @@ from jaxpattern.restriction import (
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
 from jaxpattern.sweep import Sweep, sweep
-from jaxpattern.token_table import TokenInContext, extreme_tokens, format_tokens
+from jaxpattern.token_table import (
+    TokenInContext,
+    TokenMean,
+    extreme_tokens,
+    format_tokens,
+    mean_by_token,
+)
 from jaxpattern.training import History, train
 
 __all__ = [
@@ -66,6 +72,7 @@ __all__ = [
     "Summary",
     "Sweep",
     "TokenInContext",
+    "TokenMean",
     "UnreachableTarget",
     "box",
     "by_mask",
@@ -87,6 +94,7 @@ __all__ = [
     "llc",
     "localized_posterior",
     "mala",
+    "mean_by_token",
     "mean_loss",
     "pathwise",
     "prefix_matching_score",

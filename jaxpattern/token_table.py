@@ -79,15 +79,7 @@ def extreme_tokens(
     for name, limit in (("per_token", per_token), ("per_sequence", per_sequence)):
         if limit is not None:
             check_count(name, limit, minimum=1)
-    counted = np.ones(coordinates.shape, bool)
-    if weights is not None:
-        if np.shape(weights) != coordinates.shape:
-            raise ValueError(
-                f"weights must have shape {list(coordinates.shape)}, got {list(np.shape(weights))}"
-            )
-        counted = np.asarray(weights) > 0
-    if not np.isfinite(coordinates[counted]).all():
-        raise ValueError("coordinates are not finite; give weights that are 0 at padding")
+    counted = _counted(coordinates, weights)
     order = np.argsort(-coordinates if largest else coordinates, axis=None, kind="stable")
     rows: list[TokenInContext] = []
     seen: dict[tuple[str, int], int] = {}
@@ -113,6 +105,68 @@ def extreme_tokens(
             )
         )
     return rows
+
+
+class TokenMean(NamedTuple):
+    """A token, and its mean coordinate wherever it is predicted.
+
+    Attributes:
+        token: the token as text.
+        token_id: its number in the vocabulary.
+        occurrences: how often it occurs where the weight is not 0.
+        mean: mean coordinate.
+        stderr: standard error of the mean, occurrences taken as independent.
+    """
+
+    token: str
+    token_id: int
+    occurrences: int
+    mean: float
+    stderr: float
+
+
+def mean_by_token(
+    coordinates: Float[Array | np.ndarray, "B T"],
+    tokens: Int[Array | np.ndarray, "B length"],
+    *,
+    decode: Decode | None = None,
+    min_count: int = 5,
+    weights: Float[Array | np.ndarray, "B T"] | None = None,
+) -> list[TokenMean]:
+    """The mean coordinate of each token of the vocabulary, the largest first.
+
+    It tells a direction of certain tokens, such as delimiters, from one of contexts, in which the
+    same token has coordinates of all sizes.
+
+    Args:
+        coordinates: one number a predicted token, `[B, T]`.
+        tokens: `[B, T + 1]`, what the losses were of.
+        decode: tokens to text; by default they are bytes.
+        min_count: leave out tokens that occur less often; at least 2.
+        weights: `[B, T]`, where occurrences of weight 0, such as padding, do not count.
+
+    Returns:
+        One `TokenMean` a token.
+
+    Raises:
+        TypeError, ValueError: as `extreme_tokens`.
+    """
+    coordinates, tokens = check_aligned(coordinates, tokens)
+    decode = _check_decode(decode, tokens)
+    check_count("min_count", min_count, minimum=2)
+    counted = _counted(coordinates, weights)
+    values, token = np.float64(coordinates[counted]), tokens[:, 1:][counted]
+    index, place, count = np.unique(token, return_inverse=True, return_counts=True)
+    mean = np.bincount(place, values, len(index)) / count
+    squares = np.bincount(place, (values - mean[place]) ** 2, len(index))
+    stderr = np.sqrt(squares / np.maximum(count - 1, 1) / count)
+    return [
+        TokenMean(
+            decode([int(index[i])]), int(index[i]), int(count[i]), float(mean[i]), float(stderr[i])
+        )
+        for i in np.argsort(-mean, kind="stable")
+        if count[i] >= min_count
+    ]
 
 
 def format_tokens(rows: Sequence[TokenInContext], *, width: int = 32) -> str:
@@ -169,6 +223,20 @@ def _check_decode(decode: Any, tokens: np.ndarray) -> Decode:
             f"got tokens from {tokens.min()} to {tokens.max()}"
         )
     return _decode_bytes
+
+
+def _counted(coordinates: np.ndarray, weights: Any) -> np.ndarray:
+    """Where the weight is not 0; coordinates are finite there."""
+    counted = np.ones(coordinates.shape, bool)
+    if weights is not None:
+        if np.shape(weights) != coordinates.shape:
+            raise ValueError(
+                f"weights must have shape {list(coordinates.shape)}, got {list(np.shape(weights))}"
+            )
+        counted = np.asarray(weights) > 0
+    if not np.isfinite(coordinates[counted]).all():
+        raise ValueError("coordinates are not finite; give weights that are 0 at padding")
+    return counted
 
 
 def check_aligned(coordinates: Any, tokens: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -58,6 +58,29 @@ def test_padding_is_not_listed():
     assert np.isfinite([row.coordinate for row in rows]).all()
 
 
+def test_means_by_token_match_loops():
+    rng = np.random.default_rng(1)
+    tokens, coordinates = rng.integers(97, 103, (4, 9)), rng.normal(size=(4, 8))
+    weights = rng.integers(0, 3, (4, 8)).astype(float)
+    coordinates[weights == 0] = np.nan
+    found = jp.mean_by_token(coordinates, tokens, min_count=3, weights=weights)
+    means = [row.mean for row in found]
+    assert means == sorted(means, reverse=True)
+    names = set()
+    for token in range(97, 103):
+        places = [(b, t) for b in range(4) for t in range(8) if weights[b, t]]
+        values = [coordinates[b, t] for b, t in places if tokens[b, t + 1] == token]
+        if len(values) < 3:
+            continue
+        names.add(chr(token))
+        (row,) = [row for row in found if row.token_id == token]
+        assert (row.token, row.occurrences) == (chr(token), len(values))
+        assert row.mean == pytest.approx(np.mean(values))
+        assert row.stderr == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)))
+    assert {row.token for row in found} == names
+    assert len(names) > 2
+
+
 def test_tables_are_for_reading():
     rows = [
         jp.TokenInContext(12.345, 0, 3, "a long line of text before\n\t", "it", " and more after"),
@@ -97,6 +120,11 @@ def test_tables_are_for_reading():
             lambda: jp.extreme_tokens(COORDINATES, TOKENS, weights=np.ones(11)),
             ValueError,
             r"weights must have shape \[2, 11\], got \[11\]",
+        ),
+        (
+            lambda: jp.mean_by_token(COORDINATES, TOKENS, min_count=1),
+            ValueError,
+            "min_count must be at least 2, got 1",
         ),
         (lambda: jp.extreme_tokens(COORDINATES, TOKENS, num=0), ValueError, "num must be at least"),
     ],
