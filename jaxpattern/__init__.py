@@ -1,5 +1,6 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
+from jaxpattern.components import components
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (
     Intervention,
@@ -14,9 +15,19 @@ from jaxpattern.inversion import (
     truncated,
 )
 from jaxpattern.llc import LocalLearningCoefficient, llc
+from jaxpattern.metrics import (
+    in_context_score,
+    induction_loss,
+    prefix_matching_score,
+    previous_token_score,
+    repeated_bigrams,
+    repeated_tokens,
+)
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
+from jaxpattern.response.directions import PrincipalDirections, principal_directions
+from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
 from jaxpattern.response.laplace import laplace
 from jaxpattern.response.pathwise import GrowthWarning, pathwise
 from jaxpattern.response.result import Response, group_mean
@@ -33,9 +44,17 @@ from jaxpattern.restriction import (
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
 from jaxpattern.sweep import Sweep, sweep
+from jaxpattern.token_table import (
+    TokenInContext,
+    TokenMean,
+    extreme_tokens,
+    format_tokens,
+    mean_by_token,
+)
 from jaxpattern.training import History, train
 
 __all__ = [
+    "CoordinateRegression",
     "DivergenceError",
     "DivergenceWarning",
     "GrowthWarning",
@@ -46,29 +65,44 @@ __all__ = [
     "Minibatch",
     "Plan",
     "Posterior",
+    "PrincipalDirections",
     "Response",
     "Restriction",
     "Solution",
     "Summary",
     "Sweep",
+    "TokenInContext",
+    "TokenMean",
     "UnreachableTarget",
     "box",
     "by_mask",
     "by_path",
     "by_slice",
     "complement",
+    "components",
     "coordinates",
     "covariance",
     "entropic",
     "excess_loss",
+    "extreme_tokens",
+    "format_tokens",
     "group_mean",
+    "in_context_score",
+    "induction_loss",
     "laplace",
     "least_norm",
     "llc",
     "localized_posterior",
     "mala",
+    "mean_by_token",
     "mean_loss",
     "pathwise",
+    "prefix_matching_score",
+    "previous_token_score",
+    "principal_directions",
+    "regress_coordinates",
+    "repeated_bigrams",
+    "repeated_tokens",
     "restrict",
     "ridge",
     "rmsprop_sgld",
