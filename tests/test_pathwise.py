@@ -267,7 +267,8 @@ def test_linear_observables_have_no_noise():
     plan = jp.Plan(num_chains=2, num_burnin=10, num_draws=4, thin=5, batch_size=2)
     response = jp.susceptibilities(
         KEY, posterior, jp.sgld(step_size=0.02), plan, observables={"sum": lambda p: p["w"].sum()},
-        probes={"all": data}, reference=data, estimator=jp.pathwise(window=60, every=1), progress=False,
+        probes={"all": data}, reference=data, estimator=jp.pathwise(window=60, every=1),
+        progress=False,
     )  # fmt: skip
     exact = -slopes.sum(axis=1) / (30 + 10)
     # Draws less than 60 steps from the start have short windows: ten relaxation times take 24.
@@ -275,7 +276,8 @@ def test_linear_observables_have_no_noise():
     late = jp.Plan(num_chains=2, num_burnin=80, num_draws=4, thin=5, batch_size=2)
     response = jp.susceptibilities(
         KEY, posterior, jp.sgld(step_size=0.02), late, observables={"sum": lambda p: p["w"].sum()},
-        probes={"all": data}, reference=data, estimator=jp.pathwise(window=60, every=1), progress=False,
+        probes={"all": data}, reference=data, estimator=jp.pathwise(window=60, every=1),
+        progress=False,
     )  # fmt: skip
     np.testing.assert_allclose(response.chi["all"][0], exact, rtol=1e-5)
     assert response.stderr["all"].max() < 1e-6 * np.abs(exact).max()

@@ -170,9 +170,9 @@ def _segment(
     def forward(state: PyTree[Array], t: Array) -> tuple[PyTree[Array], PyTree[Array]]:
         return kernel.step(jax.random.fold_in(streams.step, t), state), state
 
-    state = jax.lax.fori_loop(
-        first, first + layout.lead, lambda t, s: forward(s, t)[0], chain.state
-    )
+    state = chain.state
+    if layout.lead:
+        state = jax.lax.fori_loop(first, first + layout.lead, lambda t, s: forward(s, t)[0], state)
     state, states = jax.lax.scan(forward, state, first + jnp.arange(layout.lead, layout.steps))
     states = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), chain.buffer, states)
     remainder, values, total, sweep, tail = _sweep_back(
