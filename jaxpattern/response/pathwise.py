@@ -60,9 +60,10 @@ covariance instead.
 **What it needs.** ∇ℓ must be continuous in w, or the path jumps where the derivative does not look:
 a ReLU's kinks carry curvature that no Hessian-vector product sees. That part is missing from λ; χ
 was off by a fifth on ReLU regressions of eight units (nβ = 300, γ = 30), by a quarter on single
-samples of the toy model of superposition (nβ = 1000, γ = 30), less where γ outweighs nβ H. GELU, SiLU, softmax and tanh have no such part. A Metropolis
-step is not a smooth function of h, so `mala` has no pathwise derivative. The preconditioner of
-`rmsprop_sgld` is differentiated with the rest: its running mean is part of the state.
+samples of the toy model of superposition (nβ = 1000, γ = 30), less where γ outweighs nβ H. GELU,
+SiLU, softmax and tanh have no such part. A Metropolis step is not a smooth function of h, so `mala`
+has no pathwise derivative. The preconditioner of `rmsprop_sgld` is differentiated with the rest:
+its running mean is part of the state.
 
 **With covariance?** The best linear combination of the two estimators on the same chains had
 0.99–1.00 of the squared error of the pathwise one alone (`benchmarks/pathwise.py`), so none is
