@@ -5,6 +5,7 @@ The mathematics is in `jaxpattern.response.pathwise`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Key, PyTree
 from tqdm import tqdm
 
 from jaxpattern.diagnostics import batch_of
-from jaxpattern.posterior import Posterior
+from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.problem import ComponentGroup, Problem
 from jaxpattern.response.step import GivenGradient, floats_of
 from jaxpattern.sampling import (
@@ -175,11 +176,12 @@ def _segment(
         state = jax.lax.fori_loop(first, first + layout.lead, lambda t, s: forward(s, t)[0], state)
     state, states = jax.lax.scan(forward, state, first + jnp.arange(layout.lead, layout.steps))
     states = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), chain.buffer, states)
-    remainder, values, total, sweep, tail = _sweep_back(
-        posterior, sampler, plan, problem, layout, growth_limit, states, state, stop,
+    sweeper = _Sweeper(
+        posterior, sampler, plan, problem, layout, growth_limit,
         streams.step, jax.random.fold_in(streams.record, index),
     )  # fmt: skip
-    alive = chain.alive & all_finite((position_of(state), values, total))
+    remainder, values, sweep, tail = sweeper.run(states, state, stop)
+    alive = chain.alive & all_finite((position_of(state), values, sweep.total))
     batch = batch_of(index, layout.num_segments, layout.batches)
 
     def keep(new: Array, old: Array | float) -> Array:
@@ -191,7 +193,7 @@ def _segment(
             lambda new, old: keep(new[new.shape[0] - layout.keep :], old), states, chain.buffer
         ),
         alive=alive,
-        sums=jax.tree.map(lambda s, x: s.at[batch].add(keep(x, 0.0)), chain.sums, total),
+        sums=jax.tree.map(lambda s, x: s.at[batch].add(keep(x, 0.0)), chain.sums, sweep.total),
         counts=chain.counts.at[batch].add(keep(jnp.asarray(layout.draws, chain.counts.dtype), 0.0)),
         trace=jax.lax.dynamic_update_slice_in_dim(
             chain.trace, keep(values, jnp.nan), index * layout.draws, 0
@@ -203,52 +205,41 @@ def _segment(
     )
 
 
-def _sweep_back(
-    posterior: Posterior,
-    sampler: Any,
-    plan: Plan,
-    problem: Problem,
-    layout: Layout,
-    growth_limit: Any,
-    states: PyTree[Array],
-    last: PyTree[Array],
-    stop: Array,
-    step_key: Key[Array, ""],
-    choice_key: Key[Array, ""],
-) -> tuple[Array, Array, dict[str, Array], _Sweep, Array]:
-    """The adjoint of the draws in the buffer, and what it says of every probe."""
-    given = sampler(GivenGradient(posterior))
-    floats_of_last = floats_of(last)
+class _Sweeper(NamedTuple):
+    """What a backward sweep is given, and its pieces."""
 
-    def phi(state: PyTree[Array]) -> Array:
-        return problem.rows_at(posterior, position_of(state))
+    posterior: Posterior
+    sampler: Any
+    plan: Plan
+    problem: Problem
+    layout: Layout
+    growth_limit: Any
+    step_key: Key[Array, ""]
+    choice_key: Key[Array, ""]
 
-    def source(state: PyTree[Array]) -> tuple[Array, list[Array]]:
+    def source(self, state: PyTree[Array]) -> tuple[Array, list[Array]]:
         """φ − φ(w*) and ∂φ/∂s of all rows."""
         floats = floats_of(state)
-        values, pull = jax.vjp(lambda leaves: phi(floats.rebuild(leaves)), floats.leaves)
-        (gradients,) = jax.vmap(pull)(jnp.eye(problem.num_rows, dtype=values.dtype))
+
+        def phi(leaves: list[Array]) -> Array:
+            return self.problem.rows_at(self.posterior, position_of(floats.rebuild(leaves)))
+
+        values, pull = jax.vjp(phi, floats.leaves)
+        (gradients,) = jax.vmap(pull)(jnp.eye(self.problem.num_rows, dtype=values.dtype))
         return values, gradients
 
     def step_back(
-        adjoint: list[Array], state: PyTree[Array], t: Array
+        self, adjoint: list[Array], state: PyTree[Array], t: Array
     ) -> tuple[list[Array], Position]:
         """λ_{t+1} → λ_t and c_t, for all rows."""
-        key = jax.random.fold_in(step_key, t)
-        batch_key, noise_key = jax.random.split(key)
-        minibatch = posterior.minibatch(batch_key, plan.batch_size)
-        # H from some of the step's samples, which is H_B on average whatever the chain did.
-        # (The first samples of a mini-batch are a random part of it; all the data are not.)
-        size = layout.hessian_batch
-        if size is None:
-            part = minibatch
-        elif plan.batch_size is None:
-            part = posterior.minibatch(jax.random.fold_in(batch_key, 1), size)
-        else:
-            part = jax.tree.map(lambda x: x[:size], minibatch)
+        posterior = self.posterior
+        batch_key, noise_key = jax.random.split(jax.random.fold_in(self.step_key, t))
+        minibatch = posterior.minibatch(batch_key, self.plan.batch_size)
+        part = self.curvature_part(minibatch, batch_key)
         floats = floats_of(state)
         gradient = posterior.loss_gradient(position_of(state), minibatch)
         _, hessian = jax.linearize(lambda w: posterior.loss_gradient(w, part), position_of(state))
+        given = self.sampler(GivenGradient(posterior))
 
         def move(leaves: list[Array], gradient: Position) -> list[Array]:
             return floats_of(given.step(noise_key, floats.rebuild(leaves), gradient)).leaves
@@ -265,62 +256,79 @@ def _sweep_back(
 
         return jax.vmap(one)(adjoint)
 
-    def norm(adjoint: list[Array]) -> Array:
-        """‖λ‖ of the position, by row."""
-        return jax.vmap(
-            lambda leaves: optax.tree.norm(position_of(floats_of_last.rebuild(leaves)))
-        )(adjoint)
+    def curvature_part(self, minibatch: Minibatch, batch_key: Key[Array, ""]) -> Minibatch:
+        """The samples behind H, which is H_B on average whatever the chain did.
 
-    def block(sweep: _Sweep, x: Any) -> tuple[_Sweep, tuple[Array, Array]]:
+        The first samples of a mini-batch are a random part of it; all the data are not.
+        """
+        size = self.layout.hessian_batch
+        if size is None:
+            return minibatch
+        if self.plan.batch_size is None:
+            return self.posterior.minibatch(jax.random.fold_in(batch_key, 1), size)
+        return jax.tree.map(lambda x: x[:size], minibatch)
+
+    def columns(
+        self, position: Position, index: Array
+    ) -> tuple[dict[str, Array], Callable[[Position], dict[str, Array]]]:
+        """D_z − D_z(w*) of every probe, and its differential."""
+
+        def deviations(position: Position) -> dict[str, Array]:
+            size = self.layout.reference_batch
+            if size is None:
+                return self.problem.columns(self.posterior, position)[1]
+            # L of fresh samples, without bias: λ does not depend on them.
+            key = jax.random.fold_in(self.choice_key, 1 + index)
+            excess = self.posterior.loss(position, self.posterior.minibatch(key, size))
+            return self.problem.columns(self.posterior, position, excess)[1]
+
+        return jax.linearize(deviations, position)
+
+    def block(self, sweep: _Sweep, x: Any) -> tuple[_Sweep, tuple[Array, Array]]:
+        """`every` steps back, with the draw behind them if there is one, and the probes once."""
+        layout, problem = self.layout, self.problem
         states, times, draw_after, chosen, index = x
 
         def add_source(sweep: _Sweep) -> tuple[_Sweep, Array]:
-            values, gradients = source(sweep.after)
+            values, gradients = self.source(sweep.after)
             adjoint = jax.tree.map(jnp.add, sweep.adjoint, gradients)
-            sources = sweep.sources + norm(gradients)
-            return sweep._replace(adjoint=adjoint, sources=sources, at_draw=norm(adjoint)), values
+            return sweep._replace(
+                adjoint=adjoint,
+                sources=sweep.sources + _norm(gradients, sweep.after),
+                at_draw=_norm(adjoint, sweep.after),
+            ), values
 
         def nothing(sweep: _Sweep) -> tuple[_Sweep, Array]:
             return sweep, jnp.full(problem.num_rows, jnp.nan, problem.offsets.dtype)
 
         sweep, values = jax.lax.cond(draw_after, add_source, nothing, sweep)
 
-        def inner(carry: Any, x: Any) -> tuple[Any, None]:
+        def back(carry: Any, x: Any) -> tuple[Any, None]:
             adjoint, push, position = carry
             state, t, i = x
-            before, now = step_back(adjoint, state, t)
-            real = t >= 0
+            before, now = self.step_back(adjoint, state, t)
+            real, pick = t >= 0, i == chosen
             adjoint = jax.tree.map(partial(jnp.where, real), before, adjoint)
-            pick = i == chosen
             push = jax.tree.map(lambda c, old: jnp.where(pick & real, c, old), now, push)
             position = jax.tree.map(partial(jnp.where, pick), position_of(state), position)
             return (adjoint, push, position), None
 
         after = position_of(sweep.after)
         zero = jax.tree.map(lambda w: jnp.zeros((problem.num_rows, *w.shape), w.dtype), after)
-        start = (sweep.adjoint, zero, after)
         (adjoint, push, position), _ = jax.lax.scan(
-            inner, start, (states, times, jnp.arange(layout.every)), reverse=True
-        )
-        growth = norm(adjoint) / jnp.maximum(sweep.sources, 1e-30)
-        whole = sweep.whole & ~(growth > growth_limit)
-        adjoint = jax.tree.map(lambda leaf: _rowwise(whole, leaf, 0.0), adjoint)
-        push = jax.tree.map(lambda leaf: _rowwise(whole, leaf, 0.0), push)
+            back, (sweep.adjoint, zero, after), (states, times, jnp.arange(layout.every)),
+            reverse=True,
+        )  # fmt: skip
+        growth = _norm(adjoint, sweep.after) / jnp.maximum(sweep.sources, 1e-30)
+        whole = sweep.whole & ~(growth > self.growth_limit)
+        adjoint, push = jax.tree.map(lambda leaf: _rowwise(whole, leaf, 0.0), (adjoint, push))
 
-        def columns(position: Position) -> dict[str, Array]:
-            if layout.reference_batch is None:
-                return problem.columns(posterior, position)[1]
-            # L of fresh samples, without bias: λ does not depend on them.
-            reference_key = jax.random.fold_in(choice_key, 1 + index)
-            minibatch = posterior.minibatch(reference_key, layout.reference_batch)
-            return problem.columns(posterior, position, posterior.loss(position, minibatch))[1]
-
-        level, differential = jax.linearize(columns, position)
-        scale = layout.every / posterior.nbeta
+        level, differential = self.columns(position, index)
+        scale = layout.every / self.posterior.nbeta
         added = jax.tree.map(lambda x: scale * x, jax.vmap(differential)(push))
-        squares = sum(jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(added))
+        size = _size(added)
         if layout.direct:
-            share = layout.draws / layout.blocks / posterior.nbeta
+            share = layout.draws / layout.blocks / self.posterior.nbeta
             added = jax.tree.map(lambda x, d: x + share * d[None], added, level)
         return sweep._replace(
             adjoint=adjoint,
@@ -328,49 +336,64 @@ def _sweep_back(
             growth=jnp.maximum(sweep.growth, growth),
             whole=whole,
             total=jax.tree.map(jnp.add, sweep.total, added),
-        ), (values, jnp.sqrt(squares))
+        ), (values, size)
 
-    num_rows, dtype = problem.num_rows, problem.offsets.dtype
-    shape = (layout.blocks, layout.every)
-    block_ends = layout.every * (1 + jnp.arange(layout.blocks))
-    after_window = block_ends - layout.window
-    # A step of each block; a twin takes the opposite one, and what is linear in the step cancels.
-    chosen = jax.random.randint(
-        jax.random.fold_in(choice_key, 0), (layout.blocks,), 0, layout.every
-    )
-    if posterior.mirror is not None:
-        chosen = jnp.where(posterior.mirror < 0, layout.every - 1 - chosen, chosen)
-    sweep = _Sweep(
-        adjoint=[jnp.zeros((num_rows, *leaf.shape), leaf.dtype) for leaf in floats_of_last.leaves],
-        after=last,
-        sources=jnp.zeros(num_rows, dtype),
-        growth=jnp.zeros(num_rows, dtype),
-        at_draw=jnp.ones(num_rows, dtype),
-        whole=jnp.ones(num_rows, bool),
-        total={
-            name: jnp.zeros((num_rows, *losses.shape), losses.dtype)
-            for name, losses in problem.probe_baseline.items()
-        },
-    )
-    sweep, (values, sizes) = jax.lax.scan(
-        block,
-        sweep,
-        (
+    def run(
+        self, states: PyTree[Array], last: PyTree[Array], stop: Array
+    ) -> tuple[Array, Array, _Sweep, Array]:
+        """Sweep over the states before the steps that end at `stop` in the state `last`.
+
+        Returns:
+            What is left of λ, φ at the draws, the end of the sweep, and the tail by block.
+        """
+        problem, layout = self.problem, self.layout
+        num_rows, dtype = problem.num_rows, problem.offsets.dtype
+        shape = (layout.blocks, layout.every)
+        after_window = layout.every * (1 + jnp.arange(layout.blocks)) - layout.window
+        # A step of each block; a twin takes the opposite one, and what is linear in it cancels.
+        chosen = jax.random.randint(
+            jax.random.fold_in(self.choice_key, 0), (layout.blocks,), 0, layout.every
+        )
+        if self.posterior.mirror is not None:
+            chosen = jnp.where(self.posterior.mirror < 0, layout.every - 1 - chosen, chosen)
+        start = _Sweep(
+            adjoint=[
+                jnp.zeros((num_rows, *leaf.shape), leaf.dtype) for leaf in floats_of(last).leaves
+            ],
+            after=last,
+            sources=jnp.zeros(num_rows, dtype),
+            growth=jnp.zeros(num_rows, dtype),
+            at_draw=jnp.ones(num_rows, dtype),
+            whole=jnp.ones(num_rows, bool),
+            total={
+                name: jnp.zeros((num_rows, *losses.shape), losses.dtype)
+                for name, losses in problem.probe_baseline.items()
+            },
+        )
+        blocks = (
             jax.tree.map(lambda s: s.reshape(*shape, *s.shape[1:]), states),
             (stop - layout.length + jnp.arange(layout.length)).reshape(shape),
             (after_window >= 0) & (after_window % layout.thin == 0),
             chosen,
             jnp.arange(layout.blocks),
-        ),
-        reverse=True,
-    )
-    drawn = layout.tail_blocks - 1 + (layout.thin // layout.every) * jnp.arange(layout.draws)
-    whole_size = jnp.sqrt(sum(
-        jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(sweep.total)
-    ))  # fmt: skip
-    tail = sizes[: layout.tail_blocks][::-1].T / jnp.maximum(whole_size[:, None], 1e-30)
-    remainder = norm(sweep.adjoint) / jnp.maximum(sweep.at_draw, 1e-30)
-    return remainder, values[drawn], sweep.total, sweep, tail
+        )
+        end, (values, sizes) = jax.lax.scan(self.block, start, blocks, reverse=True)
+        drawn = layout.tail_blocks - 1 + (layout.thin // layout.every) * jnp.arange(layout.draws)
+        tail = sizes[: layout.tail_blocks][::-1].T / jnp.maximum(_size(end.total)[:, None], 1e-30)
+        remainder = _norm(end.adjoint, last) / jnp.maximum(end.at_draw, 1e-30)
+        return remainder, values[drawn], end, tail
+
+
+def _norm(adjoint: list[Array], state: PyTree[Array]) -> Array:
+    """‖λ‖ of the position, by row."""
+    rebuild = floats_of(state).rebuild
+    return jax.vmap(lambda leaves: optax.tree.norm(position_of(rebuild(leaves))))(adjoint)
+
+
+def _size(total: dict[str, Array]) -> Array:
+    """Root of the sum of squares over all columns, by row."""
+    squares = [jnp.sum(x**2, axis=tuple(range(1, x.ndim))) for x in total.values()]
+    return jnp.sqrt(sum(squares))
 
 
 def _rowwise(keep: Array, leaf: Array, other: float) -> Array:
