@@ -593,3 +593,22 @@ def test_part_of_the_curvature_is_right_on_average():
     difference = np.abs(np.asarray(part.chi["all"] - whole.chi["all"]))
     assert np.all(difference < 5 * np.asarray(part.stderr["all"]))
     assert np.all(np.asarray(part.stderr["all"]) < 0.02 * np.abs(whole.chi["all"]).max())
+
+
+def test_bfloat16_weights():
+    """The same response as in float32, to the precision of losses computed in bfloat16."""
+    params, data = tiny_network(24)
+    plan = jp.Plan(num_chains=16, num_burnin=40, num_draws=8, thin=10, batch_size=8)
+    chi = {}
+    for dtype in ("float32", "bfloat16"):
+        # Weights that both can hold, so that both posteriors have the same centre.
+        cast = jax.tree.map(lambda x: x.astype("bfloat16").astype(dtype), params)
+        posterior = jp.localized_posterior(network_loss, cast, data, nbeta=20.0, localization=100.0)
+        response = jp.susceptibilities(
+            KEY, posterior, jp.sgld(step_size=1e-3), plan, observables=OBSERVABLES,
+            probes={"all": data}, reference=data, estimator=jp.pathwise(), progress=False,
+        )  # fmt: skip
+        chi[dtype] = np.asarray(response.chi["all"])
+        assert response.chi["all"].dtype == jnp.float32
+    error = np.linalg.norm(chi["bfloat16"] - chi["float32"]) / np.linalg.norm(chi["float32"])
+    assert 0 < error < 0.05, error
