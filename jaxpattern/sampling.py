@@ -87,9 +87,13 @@ class Plan:
     @property
     def batches(self) -> int:
         """Batches of draws in a chain."""
+        return self.batches_over(self.num_chains)
+
+    def batches_over(self, num_independent: int) -> int:
+        """Batches of draws in a chain, where so many chains (or pairs of twins) are independent."""
         if self.num_batches is not None:
             return self.num_batches
-        return min(-(-_WANTED_BATCHES // self.num_chains), self.num_draws)
+        return min(-(-_WANTED_BATCHES // num_independent), self.num_draws)
 
     @property
     def num_steps(self) -> int:

@@ -127,8 +127,9 @@ def pathwise(
 
     It is the derivative of the chain itself; the module's docstring derives it. Estimates of draws
     whose windows overlap are correlated, so standard errors come from batches of draws of at least
-    a window each: no more than `plan.batches` of them a chain, and fewer in a short chain, but four
-    in all. Its `diagnostics` have a leading row axis:
+    a window each: by default 20 in all, but fewer in a short chain, and at least four. (With n of
+    them 1.96 standard errors hold χ as often as Student's t with n − 1 degrees of freedom says: in
+    93.5 % of cases for 20, 91 % for 8, 85 % for four.) Its `diagnostics` have a leading row axis:
 
     * `"tail"`, `[K, blocks]`: root mean square over the columns of what each block of steps before
       the first draw of a segment adds to χ, over that of χ; the last entries say what the window
@@ -196,6 +197,9 @@ def pathwise(
                 "pathwise needs a sampler whose step takes (key, state, minibatch) and is smooth; "
                 "a Metropolis kernel such as mala is not: use estimator=covariance()"
             )
+        if antithetic:
+            pairs = -(-plan.num_chains // 2)
+            plan = replace(plan, num_batches=plan.batches_over(pairs))
         if direct:
             check_direct(problem)
             if mode != "adjoint":
