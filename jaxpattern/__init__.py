@@ -1,5 +1,6 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
+from jaxpattern.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, Interrupted
 from jaxpattern.components import components
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (
@@ -54,11 +55,15 @@ from jaxpattern.token_table import (
 from jaxpattern.training import History, train
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWarning",
     "CoordinateRegression",
     "DivergenceError",
     "DivergenceWarning",
     "GrowthWarning",
     "History",
+    "Interrupted",
     "Intervention",
     "InversionMethod",
     "LocalLearningCoefficient",

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Key, PyTree
 from tqdm import tqdm
 
+from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.problem import ComponentGroup, Problem
@@ -102,7 +103,8 @@ def _start(
 ) -> AdjointChain:
     """The chain after burn-in, with the last states of it."""
     kernel, streams = build_kernel(posterior, sampler, plan), streams_of(key)
-    state = jax.tree.map(jnp.asarray, kernel.init(posterior.centre, streams.init))
+    state = kernel.init(posterior.centre, streams.init)
+    state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
     step = lambda t, state: kernel.step(jax.random.fold_in(streams.step, t), state)  # noqa: E731
     recorded = min(layout.keep, plan.num_burnin)
     state = jax.lax.fori_loop(0, plan.num_burnin - recorded, step, state)
@@ -403,21 +405,29 @@ def run_adjoint(
     growth_limit: float,
     group: ComponentGroup,
     progress: bool,
+    store: Store | None = None,
 ) -> AdjointChain:
     """All chains of a group of components."""
     keys = chain_keys(key, group.ids, plan.num_chains, layout.antithetic)
-    chains = _start_all(posterior, group.restrictions, sampler, problem, keys, plan, layout)
-    show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
     label = f"pathwise χ {group.label}".strip()
+    stage = (store or Store()).stage(
+        label, layout.num_segments, final=lambda chains: chains._replace(state=(), buffer=())
+    )
+    done, chains = stage.resume(
+        partial(_start_all, posterior, group.restrictions, sampler, problem, keys, plan, layout)
+    )
+    show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
     with tqdm(
-        total=layout.num_segments, desc=label, unit="segment", leave=False, disable=not show
-    ) as bar:
-        for index in range(layout.num_segments):
+        total=layout.num_segments, initial=done, desc=label, unit="segment", leave=False,
+        disable=not show,
+    ) as bar:  # fmt: skip
+        for index in range(done, layout.num_segments):
             chains = _segment_all(
                 posterior, group.restrictions, sampler, problem, growth_limit, chains, keys,
                 jnp.asarray(index, jnp.int32), plan, layout,
             )  # fmt: skip
-            if show:
+            if show or stage.saves:
                 jax.block_until_ready(chains)
                 bar.update()
+            stage.save(index + 1, chains)
     return chains
