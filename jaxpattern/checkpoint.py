@@ -59,7 +59,8 @@ class Checkpoint:
     A driver that is called again with the same arguments and folder goes on from the last state
     saved, and gives the bits of a run that was never stopped. A run that is complete returns at
     once. On SIGTERM and SIGINT the state is saved (within about two seconds, or a segment of the
-    pathwise adjoint) and `Interrupted` is raised; a second signal takes effect at once.
+    pathwise adjoint, whose burn-in is one piece) and `Interrupted` is raised; a second signal takes
+    effect at once.
 
     A save that fails, on a full disk say, leaves the earlier ones as they were: the run goes on,
     warns, and tries again after the next interval.
@@ -70,11 +71,13 @@ class Checkpoint:
     """
 
     folder: str | os.PathLike[str]
-    every_seconds: float = 60.0
+    every_seconds: float | int = 60.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, str | os.PathLike) or not str(self.folder):
+        if not isinstance(self.folder, str | os.PathLike):
             raise TypeError(f"checkpoint must be a folder, got {self.folder!r:.80}")
+        if not os.fspath(self.folder):
+            raise ValueError("checkpoint must be a folder, got an empty name")
         check_number("every_seconds", self.every_seconds, minimum=0.0)
 
 
@@ -94,8 +97,9 @@ class Stage:
         """The newest state that can be read, with its position; else the start, at 0."""
         if self._folder is None:
             return 0, start()
-        shapes = jax.eval_shape(start)
-        for path in _checkpoints(self._folder):
+        found = _checkpoints(self._folder)
+        shapes = jax.eval_shape(start) if found else None
+        for path in found:
             try:
                 position, state = self._read(path, shapes)
             except CheckpointError:
@@ -173,17 +177,10 @@ class Stage:
                 f"{path} holds a state of other arrays than this run has; it was written by "
                 "another version of the program: use another folder"
             )
-        arrays = [np.zeros(0)] * len(leaves)
-        kept = [i for i, leaf in enumerate(leaves) if leaf.size]
-        for i, array in zip(kept, ocp.load(path) if kept else (), strict=True):
-            arrays[i] = np.asarray(array)
-        if about["checksum"] != _checksum(arrays):
+        content = np.asarray(ocp.load(path)[0])
+        if about["checksum"] != digest(content.data):
             raise ValueError("its checksum is wrong")
-        keys = about["keys"]
-        restored = [
-            _from_host(x, like, keys.get(str(i)))
-            for i, (x, like) in enumerate(zip(arrays, leaves, strict=True))
-        ]
+        restored = _unpack(content, leaves, about["keys"])
         return position, jax.tree.unflatten(structure, restored)
 
     def _write(self, position: int, state: Any) -> bool:
@@ -193,7 +190,9 @@ class Stage:
         assert self._folder is not None
         leaves = jax.tree.leaves(state)
         check_not_traced(leaves)
-        arrays = [_to_host(leaf) for leaf in leaves]
+        # One array of bytes: Orbax refuses arrays of size zero, and of several that cannot be
+        # read or written it leaves tasks behind.
+        content = np.frombuffer(b"".join(_to_host(leaf).tobytes() for leaf in leaves), np.uint8)
         about = {
             "run": self._store.run,
             "position": position,
@@ -201,29 +200,25 @@ class Stage:
             "keys": {
                 str(i): str(jax.random.key_impl(x)) for i, x in enumerate(leaves) if _is_key(x)
             },
-            "checksum": _checksum(arrays),
+            "checksum": digest(content.data),
         }
         path = self._folder / f"{position:012d}"
         # Folders are made before Orbax starts threads, which would wait minutes for one that
-        # cannot be made; and it refuses arrays of size zero.
+        # cannot be made.
         context = ocp.Context()
         context.asynchronous.create_directories_asynchronously = False
         try:
             self._folder.mkdir(exist_ok=True)
             with context:
-                ocp.save(
-                    path,
-                    [array for array in arrays if array.size],
-                    custom_metadata=about,
-                    overwrite=True,
-                )
+                ocp.save(path, [content], custom_metadata=about, overwrite=True)
             _sync(self._folder)
         except Exception as error:  # a full disk is an OSError here and a ValueError there
             kept = [str(int(p.name)) for p in _checkpoints(self._folder)]
             warnings.warn(
                 f"the state of {self._name!r} at {position} could not be saved in "
-                f"{self._store.folder} ({_short(error)}); the run goes on, and what it saved "
-                f"before is as it was (positions {', '.join(kept) or 'none'})",
+                f"{self._store.folder}, where {_free(self._folder)} ({_short(error)}); the run "
+                f"goes on, and what it saved before is as it was "
+                f"(positions {', '.join(kept) or 'none'})",
                 CheckpointWarning,
                 stacklevel=4,
             )
@@ -454,14 +449,26 @@ def _to_host(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
-def _from_host(array: np.ndarray, like: Any, key: str | None) -> jax.Array:
-    if key is not None:
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=key)
-    return jnp.asarray(array if like.size else np.zeros(like.shape, like.dtype))
+def _unpack(content: np.ndarray, like: list[Any], keys: dict[str, str]) -> list[jax.Array]:
+    """The leaves of a state from their bytes, one after the other."""
+    leaves, start = [], 0
+    for i, leaf in enumerate(like):
+        raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        size = raw.size * raw.dtype.itemsize
+        array = jnp.asarray(content[start : start + size].view(raw.dtype).reshape(raw.shape))
+        leaves.append(
+            jax.random.wrap_key_data(array, impl=keys[str(i)]) if _is_key(leaf) else array
+        )
+        start += size
+    return leaves
 
 
-def _checksum(arrays: list[np.ndarray]) -> str:
-    return digest(*(array.tobytes() for array in arrays))
+def _free(folder: Path) -> str:
+    """How much room there is."""
+    try:
+        return f"{shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB are free"
+    except OSError as error:
+        return str(error)
 
 
 def _short(error: BaseException) -> str:

@@ -62,7 +62,7 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     ]
 
 
-def digest(*parts: bytes) -> str:
+def digest(*parts: bytes | memoryview) -> str:
     """A short hash."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:

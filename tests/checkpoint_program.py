@@ -23,6 +23,7 @@ DATA = {
 }
 PARAMS = {"a": jnp.asarray(RNG.normal(size=3), jnp.float32), "b": jnp.zeros((2,), jnp.float32)}
 SAMPLER = jp.sgld(step_size=0.01)
+OPTIMIZER = optax.adam(1e-2)
 COMPONENTS = {"a": jp.by_path("a"), "b": jp.by_path("b")}  # of different shapes: two groups
 
 
@@ -60,7 +61,7 @@ def llc(**settings):
 
 def train(**settings):
     return jp.train(
-        key(), loss_fn, PARAMS, DATA, optax.adam(1e-2), num_steps=9, batch_size=3,
+        key(), loss_fn, PARAMS, DATA, OPTIMIZER, num_steps=9, batch_size=3,
         metrics=weights_of, record_every=2, progress=False, **settings,
     )  # fmt: skip
 
