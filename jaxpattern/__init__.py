@@ -42,6 +42,7 @@ from jaxpattern.restriction import (
     coordinates,
     union,
 )
+from jaxpattern.results import ResultFileError, load, save
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
 from jaxpattern.sweep import Sweep, sweep
@@ -73,6 +74,7 @@ __all__ = [
     "PrincipalDirections",
     "Response",
     "Restriction",
+    "ResultFileError",
     "Solution",
     "Summary",
     "Sweep",
@@ -97,6 +99,7 @@ __all__ = [
     "laplace",
     "least_norm",
     "llc",
+    "load",
     "localized_posterior",
     "mala",
     "mean_by_token",
@@ -112,6 +115,7 @@ __all__ = [
     "ridge",
     "rmsprop_sgld",
     "sample",
+    "save",
     "sgld",
     "sgnht",
     "solve_weights",
