@@ -59,8 +59,7 @@ class Checkpoint:
     A driver that is called again with the same arguments and folder goes on from the last state
     saved, and gives the bits of a run that was never stopped. A run that is complete returns at
     once. On SIGTERM and SIGINT the state is saved (within about two seconds, or a segment of the
-    pathwise adjoint, whose burn-in is one piece) and `Interrupted` is raised; a second signal takes
-    effect at once.
+    pathwise adjoint) and `Interrupted` is raised; a second signal takes effect at once.
 
     A save that fails, on a full disk say, leaves the earlier ones as they were: the run goes on,
     warns, and tries again after the next interval.

@@ -3,8 +3,8 @@
 A value becomes a dictionary path → description: numbers as they are, arrays by dtype, shape and a
 hash of their bytes, containers by their parts. A function is its name, and what it was made of:
 what it closes over, its defaults and bound arguments and, where it is not part of an installed
-package, a hash of its bytecode and the functions and values among its globals. Installed packages
-are compared by version instead.
+package, a hash of its bytecode and the functions and values among its globals. A module is its
+name and a hash of its file. Installed packages are compared by version instead.
 """
 
 from __future__ import annotations
@@ -98,8 +98,11 @@ class _Describer:
             yield path, repr(value)
         elif isinstance(value, jax.Array | np.ndarray | np.generic):
             yield path, _array(value)
-        elif isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
-            yield path, f"{getattr(value, '__module__', '')} {value.__name__}".strip()
+        elif isinstance(value, types.BuiltinFunctionType):
+            yield path, f"{value.__module__} {value.__name__}"
+        elif isinstance(value, types.ModuleType):
+            source = b"" if _is_installed(value) else Path(str(value.__file__)).read_bytes()
+            yield path, f"{value.__name__} {digest(source)[:12]}" if source else value.__name__
         elif id(value) in self._seen:
             yield path, f"the same as {self._seen[id(value)][0]}"
         else:
@@ -113,7 +116,12 @@ class _Describer:
 
     def _compound(self, path: str, value: Any) -> Iterator[tuple[str, str]]:
         kind = type(value)
-        if isinstance(value, partial):  # and jax.tree_util.Partial
+        if isinstance(value, type):
+            yield path, f"{value.__module__}.{value.__qualname__}"
+            if not _is_installed(inspect.getmodule(value)):
+                methods = sorted((n, f) for n, f in vars(value).items() if inspect.isfunction(f))
+                yield from self._parts(path, methods)
+        elif isinstance(value, partial):  # and jax.tree_util.Partial
             yield from self(path, value.func)
             yield from self._parts(path, enumerate(value.args))
             yield from self._parts(path, sorted(value.keywords.items()))
@@ -136,7 +144,7 @@ class _Describer:
             fields = dataclasses.fields(value)
             yield from self._parts(path, ((f.name, getattr(value, f.name)) for f in fields))
             yield from self._call(path, kind)
-        elif getattr(value, "__dict__", None) and not _is_installed(inspect.getmodule(kind)):
+        elif hasattr(value, "__dict__") and not _is_installed(inspect.getmodule(kind)):
             yield path, kind.__qualname__
             yield from self._parts(path, sorted(vars(value).items()))
             yield from self._call(path, kind)

@@ -226,15 +226,19 @@ def streams_of(key: Key[Array, ""]) -> Streams:
     return Streams(*(jax.random.fold_in(key, stream) for stream in range(3)))
 
 
+def _init(posterior: Posterior, sampler: Any, plan: Plan, key: Key[Array, ""]) -> Chain:
+    """The chain at w*, with nothing recorded."""
+    state = build_kernel(posterior, sampler, plan).init(posterior.centre, streams_of(key).init)
+    # Without weak types, which a state that was saved does not have.
+    state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
+    return Chain(state=state, alive=jnp.asarray(True), accumulator=())
+
+
 def _start(
     posterior: Posterior, sampler: Any, recorder: Recorder, plan: Plan, key: Key[Array, ""]
 ) -> Chain:
-    state = build_kernel(posterior, sampler, plan).init(posterior.centre, streams_of(key).init)
-    return Chain(
-        state=jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state),
-        alive=jnp.asarray(True),
-        accumulator=recorder.init(posterior, plan),
-    )
+    chain = _init(posterior, sampler, plan, key)
+    return chain._replace(accumulator=recorder.init(posterior, plan))
 
 
 def _burn(
@@ -320,6 +324,12 @@ def over_chains(
 def _start_all(posterior, restrictions, sampler, recorder, keys, plan, antithetic):  # type: ignore[no-untyped-def]
     start = lambda component, key: _start(component, sampler, recorder, plan, key)  # noqa: E731
     return over_chains(start, posterior, restrictions, antithetic)(keys)
+
+
+@partial(jax.jit, static_argnames=("plan", "antithetic"))
+def _init_all(posterior, restrictions, sampler, keys, plan, antithetic):  # type: ignore[no-untyped-def]
+    init = lambda component, key: _init(component, sampler, plan, key)  # noqa: E731
+    return over_chains(init, posterior, restrictions, antithetic)(keys)
 
 
 @partial(jax.jit, static_argnames=("plan", "antithetic", "static_bounds"))
@@ -432,6 +442,33 @@ def run_chains(
                 bar.update((stop - start) * thin)
                 stage.save(before + stop, chains)
     return chains
+
+
+def burn_in(
+    keys: Key[Array, "components chains"],
+    posterior: Posterior,
+    sampler: Any,
+    plan: Plan,
+    num_steps: int,
+    *,
+    restrictions: Restriction | None,
+    antithetic: bool,
+    label: str,
+    store: Store | None,
+) -> PyTree[Array]:
+    """The states of all chains after some steps of their burn-in."""
+    stage = (store or Store()).stage(label, num_steps)
+    done, chains = stage.resume(
+        partial(_init_all, posterior, restrictions, sampler, keys, plan, antithetic)
+    )
+    burn = partial(_burn_all, posterior, restrictions, sampler)
+    if not stage.saves and num_steps:
+        return burn(chains, keys, None, plan, antithetic, (0, num_steps)).state
+    for start, stop in stage.chunks(done, num_steps, num_steps):
+        bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
+        chains = jax.block_until_ready(burn(chains, keys, bounds, plan, antithetic))
+        stage.save(stop, chains)
+    return chains.state
 
 
 def check_alive(

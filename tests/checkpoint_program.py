@@ -70,7 +70,7 @@ DRIVERS = {
     "sample": sample,
     "llc": llc,
     "covariance": partial(chi, jp.covariance(form="hybrid")),
-    "adjoint": partial(chi, jp.pathwise(window=4, every=2)),
+    "adjoint": partial(chi, jp.pathwise(window=2, every=1)),
     "tangent": partial(chi, jp.pathwise(mode="tangent")),
     "train": train,
 }

@@ -1,6 +1,7 @@
 """Interrupted runs: resumed to the same bits, whatever stopped them and wherever."""
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,19 +199,22 @@ def test_states_with_keys_and_empty_arrays(tmp_path):
 # Processes that are killed
 
 
-def start(driver, folder, every="0", devices=1, **kwargs):
+def start(driver, folder, devices=1):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     parent = folder.parent
-    return subprocess.Popen(
-        [sys.executable, PROGRAM, driver, folder, parent / "log", parent / "result.npz", every],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
-    )  # fmt: skip
+    # To a file: nobody empties a pipe while the process is watched.
+    with open(parent / "errors", "w") as errors:
+        return subprocess.Popen(
+            [sys.executable, PROGRAM, driver, folder, parent / "log", parent / "result.npz", "0"],
+            env=environment, stdout=errors, stderr=errors,
+        )  # fmt: skip
 
 
 def lines(log):
@@ -229,10 +234,9 @@ def kill_and_resume(driver, folder, kills, seed):
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 2.0 if early else 0.25))
             process.kill()
-        _, errors = process.communicate(timeout=300)
-        if process.returncode == 0:
+        if process.wait(timeout=300) == 0:
             break
-        assert process.returncode == -signal.SIGKILL, errors
+        assert process.returncode == -signal.SIGKILL, (folder.parent / "errors").read_text()
         killed += 1
     assert process.returncode == 0
     return killed
@@ -305,14 +309,35 @@ def test_signals_save_and_stop(number, wanted, tmp_path, monkeypatch):
     same(DRIVERS["llc"](checkpoint=tmp_path), wanted("llc"))
 
 
+def test_signals_that_meet_no_chunk(tmp_path):
+    """One that comes after the last chunk is not lost, and a second one acts at once."""
+    store = jp.checkpoint.open_store(often(tmp_path), "test")
+    noted = store.__enter__()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert noted.signal == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        store.__exit__(None, None, None)
+    with jp.checkpoint.open_store(often(tmp_path), "test") as store:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        store.signal = 0
+
+
+def test_other_threads_can_keep_runs_too(wanted, tmp_path):
+    """They catch no signals."""
+    with ThreadPoolExecutor(1) as pool:
+        same(pool.submit(DRIVERS["train"], checkpoint=tmp_path).result(), wanted("train"))
+
+
 def test_sigterm_of_a_process(tmp_path):
-    process = start("train", tmp_path / "run", every="0.0")
+    process = start("train", tmp_path / "run")
     while process.poll() is None and not any("computed" in x for x in lines(tmp_path / "log")):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    if process.returncode == 0:
+    if process.wait(timeout=120) == 0:
         pytest.skip("the run was over before the signal came")
+    errors = (tmp_path / "errors").read_text()
     assert "jaxpattern.checkpoint.Interrupted: the run was stopped by SIGTERM" in errors
     last = int(lines(tmp_path / "log")[-1].split()[-1])
     assert positions(tmp_path / "run")["000-training"][-1] == last
@@ -564,6 +589,22 @@ def test_settings_of_a_function_tell_runs_apart(monkeypatch):
     )
     (line,) = differences(*pair)
     assert line.startswith("observables.f.batch.x: float32[5, 3] ")
+
+
+def test_the_code_of_a_users_module_and_class_tell_runs_apart(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = "class Model:\n    scale = 2\n    def __call__(self, x):\n        return {} * x\n"
+    seen = []
+    for factor in ("2", "33"):
+        (tmp_path / "users_model.py").write_text(source.format(factor))
+        importlib.invalidate_caches()
+        sys.modules.pop("users_model", None)
+        module = importlib.import_module("users_model")
+        seen.append(fingerprint(module=module, model=module.Model()))
+    sys.modules.pop("users_model")
+    changed = {line.split(":")[0] for line in differences(*seen)}
+    assert changed == {"module", "model.__call__"}
 
 
 def test_settings_of_training_tell_runs_apart():

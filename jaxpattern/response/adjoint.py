@@ -23,6 +23,7 @@ from jaxpattern.sampling import (
     Plan,
     all_finite,
     build_kernel,
+    burn_in,
     chain_keys,
     over_chains,
     position_of,
@@ -99,15 +100,13 @@ def _start(
     plan: Plan,
     problem: Problem,
     layout: Layout,
+    state: PyTree[Array],
     key: Key[Array, ""],
 ) -> AdjointChain:
-    """The chain after burn-in, with the last states of it."""
+    """The chain after the last steps of its burn-in, with the states before them."""
     kernel, streams = build_kernel(posterior, sampler, plan), streams_of(key)
-    state = kernel.init(posterior.centre, streams.init)
-    state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
     step = lambda t, state: kernel.step(jax.random.fold_in(streams.step, t), state)  # noqa: E731
     recorded = min(layout.keep, plan.num_burnin)
-    state = jax.lax.fori_loop(0, plan.num_burnin - recorded, step, state)
 
     def record(state: PyTree[Array], t: Array) -> tuple[PyTree[Array], PyTree[Array]]:
         return step(t, state), state
@@ -380,9 +379,9 @@ def _rowwise(keep: Array, leaf: Array, other: float) -> Array:
 
 
 @partial(jax.jit, static_argnames=("plan", "layout"))
-def _start_all(posterior, restrictions, sampler, problem, keys, plan, layout):  # type: ignore[no-untyped-def]
-    start = lambda p, key: _start(p, sampler, plan, problem, layout, key)  # noqa: E731
-    return over_chains(start, posterior, restrictions, layout.antithetic)(keys)
+def _start_all(posterior, restrictions, sampler, problem, states, keys, plan, layout):  # type: ignore[no-untyped-def]
+    start = lambda p, state, key: _start(p, sampler, plan, problem, layout, state, key)  # noqa: E731
+    return over_chains(start, posterior, restrictions, layout.antithetic)(states, keys)
 
 
 @partial(jax.jit, static_argnames=("plan", "layout"))
@@ -410,11 +409,17 @@ def run_adjoint(
     """All chains of a group of components."""
     keys = chain_keys(key, group.ids, plan.num_chains, layout.antithetic)
     label = f"pathwise χ {group.label}".strip()
+    states = burn_in(
+        keys, posterior, sampler, plan, max(0, plan.num_burnin - layout.keep),
+        restrictions=group.restrictions, antithetic=layout.antithetic,
+        label=f"{label} burn-in", store=store,
+    )  # fmt: skip
     stage = (store or Store()).stage(
         label, layout.num_segments, final=lambda chains: chains._replace(state=(), buffer=())
     )
+    restrictions = group.restrictions
     done, chains = stage.resume(
-        partial(_start_all, posterior, group.restrictions, sampler, problem, keys, plan, layout)
+        partial(_start_all, posterior, restrictions, sampler, problem, states, keys, plan, layout)
     )
     show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
     with tqdm(
