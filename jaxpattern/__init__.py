@@ -1,5 +1,6 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
+from jaxpattern.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, Interrupted
 from jaxpattern.components import components
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (
@@ -41,6 +42,7 @@ from jaxpattern.restriction import (
     coordinates,
     union,
 )
+from jaxpattern.results import ResultFileError, load, save
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
 from jaxpattern.sweep import Sweep, sweep
@@ -54,11 +56,15 @@ from jaxpattern.token_table import (
 from jaxpattern.training import History, train
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWarning",
     "CoordinateRegression",
     "DivergenceError",
     "DivergenceWarning",
     "GrowthWarning",
     "History",
+    "Interrupted",
     "Intervention",
     "InversionMethod",
     "LocalLearningCoefficient",
@@ -68,6 +74,7 @@ __all__ = [
     "PrincipalDirections",
     "Response",
     "Restriction",
+    "ResultFileError",
     "Solution",
     "Summary",
     "Sweep",
@@ -92,6 +99,7 @@ __all__ = [
     "laplace",
     "least_norm",
     "llc",
+    "load",
     "localized_posterior",
     "mala",
     "mean_by_token",
@@ -107,6 +115,7 @@ __all__ = [
     "ridge",
     "rmsprop_sgld",
     "sample",
+    "save",
     "sgld",
     "sgnht",
     "solve_weights",

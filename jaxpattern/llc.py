@@ -14,6 +14,7 @@ order; whoever targets an LLC says which one is meant:
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxpattern.checkpoint import Checkpoint, open_store
 from jaxpattern.diagnostics import summarize
 from jaxpattern.posterior import Posterior
 from jaxpattern.sampling import (
@@ -82,6 +84,7 @@ def llc(
     plan: Plan,
     *,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> LocalLearningCoefficient:
     """λ̂ = nβ · mean_t [L_B(w_t) − L_B(w*)], both losses on the same fresh mini-batch B.
 
@@ -97,12 +100,16 @@ def llc(
         plan: lengths and numbers; `batch_size` is used for the steps and for B.
         progress: show a progress line. Without it this is a pure function, to be vmapped over
             nβ, γ or checkpoints.
+        checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
+            arguments after an interruption, it goes on from there to the same bits.
 
     Returns:
         A `LocalLearningCoefficient`; errors from batch means.
 
     Raises:
         DivergenceError: all chains diverged.
+        CheckpointError: the folder belongs to another run, or cannot be used.
+        Interrupted: a signal stopped a run with a folder, after it was saved.
         TypeError, ValueError: an argument does not fit.
 
     References:
@@ -110,9 +117,13 @@ def llc(
     """
     check_run(key, posterior, sampler, plan)
     sampler = as_pytree_function(sampler)
-    chains = run_chains(
-        key, posterior, sampler, plan, PairedExcessLoss(), label="LLC", progress=progress
-    )
+    with open_store(
+        checkpoint, "llc", key=key, posterior=posterior, sampler=sampler, plan=plan
+    ) as store:
+        chains = run_chains(
+            key, posterior, sampler, plan, PairedExcessLoss(),
+            label="LLC", progress=progress, store=store,
+        )  # fmt: skip
     check_alive(chains.alive, ("",), posterior)
     alive = chains.alive[0]
     trace = posterior.nbeta * chains.accumulator[0]

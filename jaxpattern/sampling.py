@@ -17,6 +17,7 @@ therefore do not depend on chunking, on other chains, or on where a chain runs. 
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from tqdm import tqdm
 
+from jaxpattern.checkpoint import Checkpoint, Store, open_store
 from jaxpattern.posterior import Posterior, Target, losses_in_chunks
 from jaxpattern.restriction import Restriction
 from jaxpattern.types import Params, Position
@@ -228,15 +230,19 @@ def streams_of(key: Key[Array, ""]) -> Streams:
     return Streams(*(jax.random.fold_in(key, stream) for stream in range(3)))
 
 
+def _init(posterior: Posterior, sampler: Any, plan: Plan, key: Key[Array, ""]) -> Chain:
+    """The chain at w*, with nothing recorded."""
+    state = build_kernel(posterior, sampler, plan).init(posterior.centre, streams_of(key).init)
+    # Without weak types, which a state that was saved does not have.
+    state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
+    return Chain(state=state, alive=jnp.asarray(True), accumulator=())
+
+
 def _start(
     posterior: Posterior, sampler: Any, recorder: Recorder, plan: Plan, key: Key[Array, ""]
 ) -> Chain:
-    state = build_kernel(posterior, sampler, plan).init(posterior.centre, streams_of(key).init)
-    return Chain(
-        state=jax.tree.map(jnp.asarray, state),
-        alive=jnp.asarray(True),
-        accumulator=recorder.init(posterior, plan),
-    )
+    chain = _init(posterior, sampler, plan, key)
+    return chain._replace(accumulator=recorder.init(posterior, plan))
 
 
 def _burn(
@@ -324,6 +330,12 @@ def _start_all(posterior, restrictions, sampler, recorder, keys, plan, antitheti
     return over_chains(start, posterior, restrictions, antithetic)(keys)
 
 
+@partial(jax.jit, static_argnames=("plan", "antithetic"))
+def _init_all(posterior, restrictions, sampler, keys, plan, antithetic):  # type: ignore[no-untyped-def]
+    init = lambda component, key: _init(component, sampler, plan, key)  # noqa: E731
+    return over_chains(init, posterior, restrictions, antithetic)(keys)
+
+
 @partial(jax.jit, static_argnames=("plan", "antithetic", "static_bounds"))
 def _burn_all(  # type: ignore[no-untyped-def]
     posterior, restrictions, sampler, chains, keys, bounds, plan, antithetic, static_bounds=None
@@ -384,6 +396,7 @@ def run_chains(
     antithetic: bool = False,
     label: str = "sampling",
     progress: bool = True,
+    store: Store | None = None,
 ) -> Chain:
     """All chains of some components of equal shape, as one program.
 
@@ -399,29 +412,67 @@ def run_chains(
         label: what the progress line says.
         progress: show a progress line, and compute in chunks. Off, or when traced by `vmap` or
             `grad`, all draws are one loop of static length, which reverse mode can run through.
+        store: where the chains are kept between chunks.
 
     Returns:
-        A `Chain` whose leaves have leading axes `[component, chain]`.
+        A `Chain` whose leaves have leading axes `[component, chain]`; of a run that a store had
+        complete, without `state`.
     """
     posterior = _settle(posterior)
     keys = chain_keys(key, component_ids, plan.num_chains, antithetic)
-    chains = _start_all(posterior, restrictions, sampler, recorder, keys, plan, antithetic)
+    stage = (store or Store()).stage(
+        label, plan.num_burnin + plan.num_draws, final=lambda chains: chains._replace(state=())
+    )
+    done, chains = stage.resume(
+        partial(_start_all, posterior, restrictions, sampler, recorder, keys, plan, antithetic)
+    )
     burn = partial(_burn_all, posterior, restrictions, sampler)
     draw = partial(_draw_all, posterior, restrictions, sampler, recorder)
     arguments = jax.tree.leaves((key, posterior, restrictions, sampler, recorder))
-    if not progress or not all(map(is_concrete, arguments)):
+    if not (progress or stage.saves) or not all(map(is_concrete, arguments)):
         chains = burn(chains, keys, None, plan, antithetic, (0, plan.num_burnin))
         return draw(chains, keys, None, plan, antithetic, (0, plan.num_draws))
-    with tqdm(total=plan.num_steps, desc=label, unit="step", leave=False) as bar:
-        for advance, total, thin in ((burn, plan.num_burnin, 1), (draw, plan.num_draws, plan.thin)):
+    phases = ((burn, 0, plan.num_burnin, 1), (draw, plan.num_burnin, plan.num_draws, plan.thin))
+    with tqdm(
+        total=plan.num_steps, desc=label, unit="step", leave=False, disable=not progress
+    ) as bar:
+        for advance, before, total, thin in phases:
+            bar.update(min(max(done - before, 0), total) * thin)
             size = max(1, -(-total * thin * _PROGRESS_CHUNKS // plan.num_steps))
             size = -(-total // size) if total else 1
-            for start in range(0, total, size):
-                stop = min(start + size, total)
+            for start, stop in stage.chunks(max(done - before, 0), total, size):
                 bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
                 chains = jax.block_until_ready(advance(chains, keys, bounds, plan, antithetic))
                 bar.update((stop - start) * thin)
+                stage.save(before + stop, chains)
     return chains
+
+
+def burn_in(
+    keys: Key[Array, "components chains"],
+    posterior: Posterior,
+    sampler: Any,
+    plan: Plan,
+    num_steps: int,
+    *,
+    restrictions: Restriction | None,
+    antithetic: bool,
+    label: str,
+    store: Store | None,
+) -> PyTree[Array]:
+    """The states of all chains after some steps of their burn-in."""
+    stage = (store or Store()).stage(label, num_steps)
+    done, chains = stage.resume(
+        partial(_init_all, posterior, restrictions, sampler, keys, plan, antithetic)
+    )
+    burn = partial(_burn_all, posterior, restrictions, sampler)
+    if not stage.saves and num_steps:
+        return burn(chains, keys, None, plan, antithetic, (0, num_steps)).state
+    for start, stop in stage.chunks(done, num_steps, num_steps):
+        bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
+        chains = jax.block_until_ready(burn(chains, keys, bounds, plan, antithetic))
+        stage.save(stop, chains)
+    return chains.state
 
 
 def check_alive(
@@ -561,6 +612,7 @@ def sample(
     observe: Callable[[Params], PyTree[Array]],
     *,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> PyTree[Float[Array, "chains draws ..."]]:
     """Traces of anything computed from the weights along the chains.
 
@@ -571,6 +623,8 @@ def sample(
         plan: lengths and numbers.
         observe: pure function of the full weights that returns a pytree of floating-point arrays.
         progress: show a progress line. Without it the whole run is one pure function.
+        checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
+            arguments after an interruption, it goes on from there to the same bits.
 
     Returns:
         The pytree of `observe`, its leaves with leading axes `[chain, draw]`. Draws of a chain
@@ -578,14 +632,21 @@ def sample(
 
     Raises:
         DivergenceError: all chains diverged.
+        CheckpointError: the folder belongs to another run, or cannot be used.
+        Interrupted: a signal stopped a run with a folder, after it was saved.
         TypeError, ValueError: an argument does not fit.
     """
     check_run(key, posterior, sampler, plan)
     check_function("observe", observe, "a function of params", num_arguments=1)
     recorder = _Trace(as_pytree_function(observe))
     _check_trace(jax.eval_shape(lambda p: _arrays(observe(p.embed(p.centre))), posterior))
-    chains = run_chains(
-        key, posterior, as_pytree_function(sampler), plan, recorder, progress=progress
-    )
+    with open_store(
+        checkpoint, "sample", key=key, posterior=posterior, sampler=sampler, plan=plan,
+        observe=observe,
+    ) as store:  # fmt: skip
+        chains = run_chains(
+            key, posterior, as_pytree_function(sampler), plan, recorder,
+            progress=progress, store=store,
+        )  # fmt: skip
     check_alive(chains.alive, ("",), posterior)
     return jax.tree.map(lambda leaf: leaf[0], chains.accumulator)

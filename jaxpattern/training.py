@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 from tqdm import tqdm
 
+from jaxpattern.checkpoint import Checkpoint, open_store
 from jaxpattern.posterior import Minibatch, check_finite_losses, check_loss, normalise_weights
 from jaxpattern.sampling import as_pytree_function
 from jaxpattern.types import Batch, LossFn, Params
@@ -67,6 +69,7 @@ def train(
     metrics: Callable[[Params], PyTree[Array]] | None = None,
     record_every: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> tuple[Params, History]:
     """Minimise L(w) = Σ_j ρ_j ℓ_j(w) / Σ_j ρ_j with an optax optimizer.
 
@@ -87,12 +90,16 @@ def train(
         metrics: pure function of the weights, recorded along the way.
         record_every: steps between records of `metrics`; by default a twentieth of the run.
         progress: show a progress line. Without it the run is one pure function, to be vmapped.
+        checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
+            arguments after an interruption, it goes on from there to the same bits.
 
     Returns:
         The trained parameters and a `History`. A step whose loss or gradient is not finite
         changes nothing; how many there were is in the history and in a warning.
 
     Raises:
+        CheckpointError: the folder belongs to another run, or cannot be used.
+        Interrupted: a signal stopped a run with a folder, after it was saved.
         TypeError, ValueError: an argument does not fit.
     """
     seeds = _check_train_key(key)
@@ -121,18 +128,35 @@ def train(
 
     run = _Run(loss_fn, optimizer, num_steps, batch_size, weighting, record_every)
     metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})
-    state = _start(run, params, metrics, seeds)
-    if not progress or not all(map(is_concrete, jax.tree.leaves((key, params, weighted)))):
-        state = _advance(run, state, key, weighted, metrics, None, (0, num_steps))
-    else:
-        size = max(1, -(-num_steps // 50))
-        with tqdm(total=num_steps, desc="training", unit="step", leave=False) as bar:
-            for start in range(0, num_steps, size):
-                stop = min(start + size, num_steps)
-                bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
-                state = jax.block_until_ready(_advance(run, state, key, weighted, metrics, bounds))
-                bar.set_postfix(loss=f"{float(jnp.mean(state.loss[..., start:stop])):.3f}")
-                bar.update(stop - start)
+    concrete = all(map(is_concrete, jax.tree.leaves((key, params, weighted))))
+    with open_store(
+        checkpoint,
+        "train",
+        key=key,
+        params=params,
+        data=data,
+        weights=weighted.weights,
+        metrics=metrics,
+        **run._asdict(),
+    ) as store:
+        stage = store.stage("training", num_steps, final=lambda state: state._replace(optimizer=()))
+        done, state = stage.resume(partial(_start, run, params, metrics, seeds))
+        if not (progress or stage.saves) or not concrete:
+            state = _advance(run, state, key, weighted, metrics, None, (0, num_steps))
+        else:
+            size = max(1, -(-num_steps // 50))
+            with tqdm(
+                total=num_steps, initial=done, desc="training", unit="step", leave=False,
+                disable=not progress,
+            ) as bar:  # fmt: skip
+                for start, stop in stage.chunks(done, num_steps, size):
+                    bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
+                    state = _advance(run, state, key, weighted, metrics, bounds)
+                    state = jax.block_until_ready(state)
+                    if progress:
+                        bar.set_postfix(loss=f"{float(jnp.mean(state.loss[..., start:stop])):.3f}")
+                    bar.update(stop - start)
+                    stage.save(stop, state)
     skipped = state.skipped
     if is_concrete(skipped) and bool(jnp.any(skipped > 0)):
         warnings.warn(

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Key, PyTree
 from tqdm import tqdm
 
+from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.problem import ComponentGroup, Problem
@@ -23,6 +24,7 @@ from jaxpattern.sampling import (
     Plan,
     all_finite,
     build_kernel,
+    burn_in,
     chain_keys,
     over_chains,
     position_of,
@@ -99,14 +101,13 @@ def _start(
     plan: Plan,
     problem: Problem,
     layout: Layout,
+    state: PyTree[Array],
     key: Key[Array, ""],
 ) -> AdjointChain:
-    """The chain after burn-in, with the last states of it."""
+    """The chain after the last steps of its burn-in, with the states before them."""
     kernel, streams = build_kernel(posterior, sampler, plan), streams_of(key)
-    state = jax.tree.map(jnp.asarray, kernel.init(posterior.centre, streams.init))
     step = lambda t, state: kernel.step(jax.random.fold_in(streams.step, t), state)  # noqa: E731
     recorded = min(layout.keep, plan.num_burnin)
-    state = jax.lax.fori_loop(0, plan.num_burnin - recorded, step, state)
 
     def record(state: PyTree[Array], t: Array) -> tuple[PyTree[Array], PyTree[Array]]:
         return step(t, state), state
@@ -401,9 +402,9 @@ def _rowwise(keep: Array, leaf: Array, other: float) -> Array:
 
 
 @partial(jax.jit, static_argnames=("plan", "layout"))
-def _start_all(posterior, restrictions, sampler, problem, keys, plan, layout):  # type: ignore[no-untyped-def]
-    start = lambda p, key: _start(p, sampler, plan, problem, layout, key)  # noqa: E731
-    return over_chains(start, posterior, restrictions, layout.antithetic)(keys)
+def _start_all(posterior, restrictions, sampler, problem, states, keys, plan, layout):  # type: ignore[no-untyped-def]
+    start = lambda p, state, key: _start(p, sampler, plan, problem, layout, state, key)  # noqa: E731
+    return over_chains(start, posterior, restrictions, layout.antithetic)(states, keys)
 
 
 @partial(jax.jit, static_argnames=("plan", "layout"))
@@ -426,21 +427,35 @@ def run_adjoint(
     growth_limit: float,
     group: ComponentGroup,
     progress: bool,
+    store: Store | None = None,
 ) -> AdjointChain:
     """All chains of a group of components."""
     keys = chain_keys(key, group.ids, plan.num_chains, layout.antithetic)
-    chains = _start_all(posterior, group.restrictions, sampler, problem, keys, plan, layout)
-    show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
     label = f"pathwise χ {group.label}".strip()
+    states = burn_in(
+        keys, posterior, sampler, plan, max(0, plan.num_burnin - layout.keep),
+        restrictions=group.restrictions, antithetic=layout.antithetic,
+        label=f"{label} burn-in", store=store,
+    )  # fmt: skip
+    stage = (store or Store()).stage(
+        label, layout.num_segments, final=lambda chains: chains._replace(state=(), buffer=())
+    )
+    restrictions = group.restrictions
+    done, chains = stage.resume(
+        partial(_start_all, posterior, restrictions, sampler, problem, states, keys, plan, layout)
+    )
+    show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
     with tqdm(
-        total=layout.num_segments, desc=label, unit="segment", leave=False, disable=not show
-    ) as bar:
-        for index in range(layout.num_segments):
+        total=layout.num_segments, initial=done, desc=label, unit="segment", leave=False,
+        disable=not show,
+    ) as bar:  # fmt: skip
+        for index in range(done, layout.num_segments):
             chains = _segment_all(
                 posterior, group.restrictions, sampler, problem, growth_limit, chains, keys,
                 jnp.asarray(index, jnp.int32), plan, layout,
             )  # fmt: skip
-            if show:
+            if show or stage.saves:
                 jax.block_until_ready(chains)
                 bar.update()
+            stage.save(index + 1, chains)
     return chains

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern import moments
+from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
 from jaxpattern.moments import Moments, outer
 from jaxpattern.posterior import Posterior
@@ -64,12 +65,13 @@ def covariance(
         groups: list[ComponentGroup],
         rows: tuple[str, ...],
         progress: bool,
+        store: Store | None = None,
     ) -> Response:
         if form == "hybrid" and groups[0].restrictions is None:
             raise ValueError("form='hybrid' compares components with all weights: give components")
         if direct:
             check_direct(problem)
-        run = partial(_run, key, posterior, sampler, plan, progress=progress)
+        run = partial(_run, key, posterior, sampler, plan, progress=progress, store=store)
         # Component ids count from 0; the chains over all weights come after the last of them.
         everything = ComponentGroup(("all weights",), (sum(len(g.ids) for g in groups),), None)
         full = None
@@ -137,6 +139,7 @@ def _run(
     group: ComponentGroup,
     *,
     progress: bool,
+    store: Store | None,
 ) -> Chain:
     chains = run_chains(
         key,
@@ -148,6 +151,7 @@ def _run(
         component_ids=group.ids,
         label=f"χ {group.label}".strip(),
         progress=progress,
+        store=store,
     )
     check_alive(chains.alive, group.names, posterior)
     return chains

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
+from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import Summary
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.assembly import Part, assemble
@@ -65,8 +66,9 @@ def laplace(
         groups: list[ComponentGroup],
         rows: tuple[str, ...],
         progress: bool,
+        store: Store | None = None,
     ) -> Response:
-        del sampler, progress
+        del sampler, progress, store
         parts: dict[int, Part] = {}
         for group in groups:
             for position, index in enumerate(group.ids):

@@ -83,6 +83,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
+from jaxpattern.checkpoint import Store
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.adjoint import AdjointChain, Layout, run_adjoint
 from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
@@ -191,6 +192,7 @@ def pathwise(
         groups: list[ComponentGroup],
         rows: tuple[str, ...],
         progress: bool,
+        store: Store | None = None,
     ) -> Response:
         if not build_kernel(posterior, sampler, plan).takes_minibatch:
             raise TypeError(
@@ -215,12 +217,12 @@ def pathwise(
         if mode == "tangent" or (mode == "auto" and forwards < cost):
             return tangent_response(
                 key, posterior, sampler, plan, problem, groups, rows, probe_batch, antithetic,
-                progress,
+                progress, store,
             )  # fmt: skip
         parts: dict[int, Part] = {}
         for group in groups:
             chains = run_adjoint(
-                key, posterior, sampler, plan, problem, layout, growth_limit, group, progress
+                key, posterior, sampler, plan, problem, layout, growth_limit, group, progress, store
             )
             check_alive(chains.alive, group.names, posterior)
             for position, index in enumerate(group.ids):
@@ -244,7 +246,7 @@ def pathwise(
             )
             if on_growth == "covariance":
                 other = covariance(direct=direct)(
-                    key, posterior, sampler, plan, problem, groups, rows, progress
+                    key, posterior, sampler, plan, problem, groups, rows, progress, store
                 )
                 response = _choose(response, other, grown)
         return group_mean(response) if mode == "auto" else response

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from jaxpattern.checkpoint import Store
 from jaxpattern.posterior import Minibatch, Posterior, check_loss, losses_in_chunks
 from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction, check_restriction
@@ -144,8 +145,12 @@ class Estimator(Protocol):
         groups: list[ComponentGroup],
         rows: tuple[str, ...],
         progress: bool,
+        store: Store | None = None,
     ) -> Response:
-        """The response matrix, rows in the order of `rows`: components, then observables."""
+        """The response matrix, rows in the order of `rows`: components, then observables.
+
+        An estimator that samples hands the store on to `run_chains`, or keeps its loops there.
+        """
 
 
 def build_problem(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxtyping import Array, Key
 
+from jaxpattern.checkpoint import Checkpoint, open_store
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.pathwise import pathwise
@@ -31,6 +33,7 @@ def susceptibilities(
     components: Mapping[str, Restriction] | Iterable[tuple[str, Restriction]] | None = None,
     reference: Batch | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> Response:
     """The response matrix χ_z(φ) = −Cov_p[φ, ℓ_z − L], with standard errors.
 
@@ -55,12 +58,16 @@ def susceptibilities(
             `plan.batch_size` for pathwise estimates, which stay unbiased.
         progress: show progress lines. Without them, and with an estimator that allows it, this is
             a pure function.
+        checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
+            arguments after an interruption, it goes on from there to the same bits.
 
     Returns:
         A `Response` with rows named `observable`, `component`, or `component/observable`.
 
     Raises:
         DivergenceError: all chains of a component diverged.
+        CheckpointError: the folder belongs to another run, or cannot be used.
+        Interrupted: a signal stopped a run with a folder, after it was saved.
         TypeError, ValueError: an argument does not fit; said before any sampling.
 
     References:
@@ -81,7 +88,8 @@ def susceptibilities(
     wanted = "a function, such as jp.pathwise() returns"
     check_function("estimator", estimator, wanted, num_arguments=8)
     groups = component_groups(posterior, components)
-    problem = build_problem(posterior, observables, named("probes", probes), reference, plan.chunk)
+    probes = named("probes", probes)
+    problem = build_problem(posterior, observables, probes, reference, plan.chunk)
     if components is None:
         rows = tuple(observables or ())
     elif observables is None:
@@ -91,4 +99,13 @@ def susceptibilities(
     if len(set(rows)) < len(rows):
         raise ValueError(f"names of components and observables make two rows alike: {rows}")
     sampler = as_pytree_function(sampler)
-    return estimator(key, posterior, sampler, plan, problem, groups, rows, progress)
+    arguments = (key, posterior, sampler, plan, problem, groups, rows, progress)
+    if checkpoint is None:
+        return estimator(*arguments)
+    check_function("estimator", estimator, "one that takes a store", num_arguments=9)
+    with open_store(
+        checkpoint, "susceptibilities", key=key, posterior=posterior, sampler=sampler, plan=plan,
+        observables=observables, probes=probes, estimator=estimator, components=components,
+        reference=reference, reference_probe=problem.reference_probe,
+    ) as store:  # fmt: skip
+        return estimator(*arguments, store)

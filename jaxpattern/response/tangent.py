@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
@@ -188,6 +189,7 @@ def tangent_response(
     probe_batch: int | None,
     antithetic: bool,
     progress: bool,
+    store: Store | None = None,
 ) -> Response:
     """The data-mixture response: a column a probe set, of all observables at once."""
     tangent_sampler = TangentSampler(sampler, problem, probe_batch)
@@ -204,6 +206,7 @@ def tangent_response(
             antithetic=antithetic,
             label=f"tangent χ {group.label}".strip(),
             progress=progress,
+            store=store,
         )
         check_alive(chains.alive, group.names, posterior)
         for position, index in enumerate(group.ids):

@@ -1,0 +1,476 @@
+"""Checkpoints: a driver that was stopped goes on where it was, to the same bits.
+
+A folder belongs to one run. `manifest.json` says what the run depends on (see
+`jaxpattern.fingerprint`), `lock` is held by the process that works on it, and each compiled loop of
+the run, a *stage*, has a folder of its own, with one Orbax checkpoint for each position it keeps:
+the two newest, and of a stage that is complete and followed by another only the last.
+
+A state is saved as full arrays on the host with a checksum, so that it can go on with any number
+of devices. Randomness is a function of the run's key and the number of the step, and a loop gives
+the same bits however it is cut into chunks, so nothing else needs to be kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpattern.fingerprint import differences, digest, fingerprint
+from jaxpattern.validation import check_number, is_concrete
+
+_FORMAT = 1
+_SHOWN = 8
+_LONGEST_CHUNK = 2.0  # seconds: how soon a signal is answered
+
+State = TypeVar("State")
+
+
+class CheckpointError(RuntimeError):
+    """A folder cannot be used: it belongs to another run, is in use, or cannot be written."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be written, or was damaged and an older one was taken."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run with a checkpoint folder was stopped by a signal, after it had saved its state."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run keeps its state, and how often it saves it.
+
+    A driver that is called again with the same arguments and folder goes on from the last state
+    saved, and gives the bits of a run that was never stopped. A run that is complete returns at
+    once. On SIGTERM and SIGINT the state is saved (within about two seconds, or a segment of the
+    pathwise adjoint) and `Interrupted` is raised; a second signal takes effect at once.
+
+    A save that fails, on a full disk say, leaves the earlier ones as they were: the run goes on,
+    warns, and tries again after the next interval.
+
+    Attributes:
+        folder: made if it does not exist. It belongs to one run: another is refused.
+        every_seconds: least time between two saves; 0 saves after every draw, step or segment.
+    """
+
+    folder: str | os.PathLike[str]
+    every_seconds: float | int = 60.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | os.PathLike):
+            raise TypeError(f"checkpoint must be a folder, got {self.folder!r:.80}")
+        if not os.fspath(self.folder):
+            raise ValueError("checkpoint must be a folder, got an empty name")
+        check_number("every_seconds", self.every_seconds, minimum=0.0)
+
+
+class Stage:
+    """One loop of a run, whose position counts from 0 to `total`. Without a folder a no-op."""
+
+    def __init__(self, store: Store, name: str, total: int, final: Callable[[Any], Any]) -> None:
+        self._store, self._name, self._total, self._final = store, name, total, final
+        self._folder = store.folder / name if store.folder is not None else None
+
+    @property
+    def saves(self) -> bool:
+        """Whether there is a folder to save to."""
+        return self._folder is not None
+
+    def resume(self, start: Callable[[], State]) -> tuple[int, State]:
+        """The newest state that can be read, with its position; else the start, at 0."""
+        if self._folder is None:
+            return 0, start()
+        found = _checkpoints(self._folder)
+        shapes = jax.eval_shape(start) if found else None
+        for path in found:
+            try:
+                position, state = self._read(path, shapes)
+            except CheckpointError:
+                raise
+            except Exception as error:  # Orbax and TensorStore have no common class of errors
+                warnings.warn(
+                    f"the checkpoint {path} is damaged and left out ({_short(error)}); the one "
+                    "before it is taken, or the start",
+                    CheckpointWarning,
+                    stacklevel=4,
+                )
+                if self._store.writable:
+                    path.rename(path.with_suffix(".damaged"))
+                continue
+            if position < self._total:
+                self._store.check_writable()
+            return position, state
+        self._store.check_writable()
+        state = start()
+        check_not_traced(state)
+        return 0, state
+
+    def chunks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+        """Pieces of [start, stop): of a size, or with a folder of a time."""
+        if self._folder is not None:
+            size = 1
+        longest = min(_LONGEST_CHUNK, self._store.every / 2)
+        while start < stop:
+            end = min(start + size, stop)
+            self._store.saving, before = 0.0, time.monotonic()
+            yield start, end
+            elapsed = time.monotonic() - before - self._store.saving
+            if self._folder is not None:
+                size = 2 * size if elapsed < longest / 2 else max(1, size // 2)
+            start = end
+
+    def save(self, position: int, state: Any) -> None:
+        """Save the state if it is complete or it is time; or if a signal came, and then stop."""
+        if self._folder is None:
+            return
+        store, before = self._store, time.monotonic()
+        done = position == self._total
+        if not (done or store.signal or before - store.last_save >= store.every):
+            return
+        saved = self._write(position, self._final(state) if done else state)
+        store.last_save = time.monotonic()
+        store.saving = store.last_save - before
+        if store.signal:
+            name = signal.Signals(store.signal).name
+            outcome = (
+                f"its state is in {store.folder}; the same call goes on from there"
+                if saved
+                else f"and its last state could not be saved in {store.folder}"
+            )
+            store.signal = 0
+            raise Interrupted(f"the run was stopped by {name}, {outcome}")
+
+    def drop_history(self) -> None:
+        """Keep only the last checkpoint of a stage that is complete."""
+        if self._folder is not None:
+            _prune(self._folder, 1)
+
+    def _read(self, path: Path, shapes: Any) -> tuple[int, Any]:
+        from orbax.checkpoint import v1 as ocp
+
+        about = ocp.metadata(path).custom_metadata
+        if about["run"] != self._store.run:
+            raise ValueError("it is of another run")
+        position = about["position"]
+        if position == self._total:
+            shapes = jax.eval_shape(self._final, shapes)
+        leaves, structure = jax.tree.flatten(shapes)
+        if about["leaves"] != [_spec(leaf) for leaf in leaves]:
+            raise CheckpointError(
+                f"{path} holds a state of other arrays than this run has; it was written by "
+                "another version of the program: use another folder"
+            )
+        content = np.asarray(ocp.load(path)[0])
+        if about["checksum"] != digest(content.data):
+            raise ValueError("its checksum is wrong")
+        restored = _unpack(content, leaves, about["keys"])
+        return position, jax.tree.unflatten(structure, restored)
+
+    def _write(self, position: int, state: Any) -> bool:
+        """Whether it could be saved; a warning says why not."""
+        from orbax.checkpoint import v1 as ocp
+
+        assert self._folder is not None
+        leaves = jax.tree.leaves(state)
+        check_not_traced(leaves)
+        # One array of bytes: Orbax refuses arrays of size zero, and of several that cannot be
+        # read or written it leaves tasks behind.
+        content = np.frombuffer(b"".join(_to_host(leaf).tobytes() for leaf in leaves), np.uint8)
+        about = {
+            "run": self._store.run,
+            "position": position,
+            "leaves": [_spec(leaf) for leaf in leaves],
+            "keys": {
+                str(i): str(jax.random.key_impl(x)) for i, x in enumerate(leaves) if _is_key(x)
+            },
+            "checksum": digest(content.data),
+        }
+        path = self._folder / f"{position:012d}"
+        # Folders are made before Orbax starts threads, which would wait minutes for one that
+        # cannot be made.
+        context = ocp.Context()
+        context.asynchronous.create_directories_asynchronously = False
+        try:
+            self._folder.mkdir(exist_ok=True)
+            with context:
+                ocp.save(path, [content], custom_metadata=about, overwrite=True)
+            _sync(self._folder)
+        except Exception as error:  # a full disk is an OSError here and a ValueError there
+            kept = [str(int(p.name)) for p in _checkpoints(self._folder)]
+            warnings.warn(
+                f"the state of {self._name!r} at {position} could not be saved in "
+                f"{self._store.folder}, where {_free(self._folder)} ({_short(error)}); the run "
+                f"goes on, and what it saved before is as it was "
+                f"(positions {', '.join(kept) or 'none'})",
+                CheckpointWarning,
+                stacklevel=4,
+            )
+            for rest in self._folder.glob(f"{path.name}.*"):
+                shutil.rmtree(rest, ignore_errors=True)
+            return False
+        _prune(self._folder, 2)
+        return True
+
+
+class Store:
+    """What the stages of one run share. Without a folder nothing is saved."""
+
+    def __init__(
+        self, folder: Path | None = None, every: float = 0.0, run: str = "", writable: bool = True
+    ) -> None:
+        self.folder, self.every, self.run, self.writable = folder, every, run, writable
+        self.signal = 0
+        self.last_save = time.monotonic()
+        self.saving = 0.0
+        self._stages: list[Stage] = []
+
+    def stage(
+        self, label: str, total: int, final: Callable[[Any], Any] = lambda state: state
+    ) -> Stage:
+        """The next loop of the run; `final` is what is needed of its last state."""
+        if self._stages:
+            self._stages[-1].drop_history()
+        words = "".join(c if c.isascii() and c.isalnum() else " " for c in label).split()
+        name = "-".join([f"{len(self._stages):03d}", *words])[:80]
+        self._stages.append(Stage(self, name, total, final))
+        return self._stages[-1]
+
+    def check_writable(self) -> None:
+        """There is something left to compute, and so to save."""
+        if not self.writable:
+            raise CheckpointError(
+                f"checkpoint folder {self.folder} cannot be written to, and its run is not "
+                "complete; make it writable, or copy it"
+            )
+
+
+@contextmanager
+def open_store(
+    checkpoint: str | os.PathLike[str] | Checkpoint | None, driver: str, **arguments: Any
+) -> Iterator[Store]:
+    """The store of one run, locked, with signals caught; without a folder one that saves nothing.
+
+    Args:
+        checkpoint: a folder, a `Checkpoint`, or None.
+        driver: which function runs.
+        arguments: all that its result depends on.
+
+    Raises:
+        CheckpointError: the folder belongs to another run, holds other files, is in use by
+            another process, or cannot be written to.
+        TypeError: an argument is traced by jit, vmap or grad.
+        NotImplementedError: there are several JAX processes.
+    """
+    if checkpoint is None:
+        yield Store()
+        return
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    check_not_traced(arguments)
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            f"checkpoint needs a single JAX process, there are {jax.process_count()}"
+        )
+    folder = Path(checkpoint.folder).absolute()
+    lines = fingerprint(driver=driver, **arguments)
+    with ExitStack() as stack:
+        writable = stack.enter_context(_locked(folder))
+        _claim(folder, lines, writable)
+        run = digest(json.dumps(lines, sort_keys=True).encode())
+        store = Store(folder, float(checkpoint.every_seconds), run, writable)
+        stack.enter_context(_signals(store))
+        yield store
+
+
+def check_not_traced(values: Any) -> None:
+    """Values that can be written to a disk."""
+    if not all(map(is_concrete, jax.tree.leaves(values))):
+        raise TypeError(
+            "checkpoint cannot be given under jit, vmap or grad, where there are no numbers to "
+            "save: call the driver outside of them, or without checkpoint"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder for this process; yields whether it can be written to.
+
+    The lock is the kernel's (flock): it ends with the process, however that dies.
+    """
+    import fcntl
+
+    path = folder / "lock"
+    writable = True
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        writable = False
+        try:
+            lock = open(path, encoding="utf-8")  # noqa: SIM115
+        except OSError:
+            raise CheckpointError(
+                f"checkpoint folder {folder} cannot be written to: {error}"
+            ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise CheckpointError(
+                f"checkpoint folder {folder} is in use by {lock.read() or 'another process'}"
+            ) from None
+        if writable:
+            with suppress(OSError):  # a full disk
+                os.ftruncate(lock.fileno(), 0)
+                os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield writable
+
+
+def _claim(folder: Path, lines: dict[str, str], writable: bool) -> None:
+    """Make the folder that of this run, or see that it is."""
+    path = folder / "manifest.json"
+    if path.exists():
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            version, old = manifest["format"], dict(manifest["run"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {_short(error)}") from error
+        if version != _FORMAT:
+            raise CheckpointError(f"{path} has format {version}, this version reads {_FORMAT}")
+        changed = differences(old, lines)
+        if changed:
+            more = f"\n  and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            raise CheckpointError(
+                f"checkpoint folder {folder} belongs to another run; use another folder, or the "
+                "arguments it was made with:\n  " + "\n  ".join(changed[:_SHOWN]) + more
+            )
+        return
+    others = sorted({p.name for p in folder.iterdir()} - {"lock", "manifest.tmp"})
+    if others:
+        raise CheckpointError(
+            f"checkpoint folder {folder} holds other files ({', '.join(others[:3])}) and no "
+            "manifest.json; use an empty or a new folder"
+        )
+    try:
+        if not writable:
+            raise OSError("it is read-only")
+        with open(folder / "manifest.tmp", "w", encoding="utf-8") as file:
+            json.dump({"format": _FORMAT, "run": lines}, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(folder / "manifest.tmp", path)
+        _sync(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint folder {folder} cannot be written to: {error}"
+        ) from error
+
+
+@contextmanager
+def _signals(store: Store) -> Iterator[None]:
+    """Note SIGTERM and SIGINT for the next chunk; a second one acts as it did before.
+
+    Only the main thread of a program can catch signals: in others they act at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        store.signal = number
+        restore()
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+        yield
+    finally:
+        restore()
+        if store.signal:  # it came after the last chunk
+            signal.raise_signal(store.signal)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a stage, newest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if path.name.isdigit()), reverse=True)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest, and what an interrupted or damaged save has left."""
+    kept = _checkpoints(folder)[:keep]
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _spec(leaf: Any) -> list[Any]:
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _unpack(content: np.ndarray, like: list[Any], keys: dict[str, str]) -> list[jax.Array]:
+    """The leaves of a state from their bytes, one after the other."""
+    leaves, start = [], 0
+    for i, leaf in enumerate(like):
+        raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        size = raw.size * raw.dtype.itemsize
+        array = jnp.asarray(content[start : start + size].view(raw.dtype).reshape(raw.shape))
+        leaves.append(
+            jax.random.wrap_key_data(array, impl=keys[str(i)]) if _is_key(leaf) else array
+        )
+        start += size
+    return leaves
+
+
+def _free(folder: Path) -> str:
+    """How much room there is."""
+    try:
+        return f"{shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB are free"
+    except OSError as error:
+        return str(error)
+
+
+def _short(error: BaseException) -> str:
+    """The gist of an error on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
