@@ -1,5 +1,6 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
+from jaxpattern.components import components
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (
     Intervention,
@@ -25,6 +26,7 @@ from jaxpattern.metrics import (
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
+from jaxpattern.response.directions import PrincipalDirections, principal_directions
 from jaxpattern.response.laplace import laplace
 from jaxpattern.response.pathwise import GrowthWarning, pathwise
 from jaxpattern.response.result import Response, group_mean
@@ -54,6 +56,7 @@ __all__ = [
     "Minibatch",
     "Plan",
     "Posterior",
+    "PrincipalDirections",
     "Response",
     "Restriction",
     "Solution",
@@ -65,6 +68,7 @@ __all__ = [
     "by_path",
     "by_slice",
     "complement",
+    "components",
     "coordinates",
     "covariance",
     "entropic",
@@ -81,6 +85,7 @@ __all__ = [
     "pathwise",
     "prefix_matching_score",
     "previous_token_score",
+    "principal_directions",
     "repeated_bigrams",
     "repeated_tokens",
     "restrict",
