@@ -27,6 +27,7 @@ from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
+from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
 from jaxpattern.response.laplace import laplace
 from jaxpattern.response.pathwise import GrowthWarning, pathwise
 from jaxpattern.response.result import Response, group_mean
@@ -43,9 +44,17 @@ from jaxpattern.restriction import (
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
 from jaxpattern.sweep import Sweep, sweep
+from jaxpattern.token_table import (
+    TokenInContext,
+    TokenMean,
+    extreme_tokens,
+    format_tokens,
+    mean_by_token,
+)
 from jaxpattern.training import History, train
 
 __all__ = [
+    "CoordinateRegression",
     "DivergenceError",
     "DivergenceWarning",
     "GrowthWarning",
@@ -62,6 +71,8 @@ __all__ = [
     "Solution",
     "Summary",
     "Sweep",
+    "TokenInContext",
+    "TokenMean",
     "UnreachableTarget",
     "box",
     "by_mask",
@@ -73,6 +84,8 @@ __all__ = [
     "covariance",
     "entropic",
     "excess_loss",
+    "extreme_tokens",
+    "format_tokens",
     "group_mean",
     "in_context_score",
     "induction_loss",
@@ -81,11 +94,13 @@ __all__ = [
     "llc",
     "localized_posterior",
     "mala",
+    "mean_by_token",
     "mean_loss",
     "pathwise",
     "prefix_matching_score",
     "previous_token_score",
     "principal_directions",
+    "regress_coordinates",
     "repeated_bigrams",
     "repeated_tokens",
     "restrict",

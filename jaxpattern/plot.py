@@ -1,6 +1,6 @@
-"""Figures of responses, weights, shifts and sweeps, with matplotlib, which is optional.
+"""Figures of responses, directions, tokens, weights, shifts and sweeps, with matplotlib.
 
-Install it with `pip install "jaxpattern[plot]"`.
+It is optional: `pip install "jaxpattern[plot]"`.
 Each function draws on the axes it is given, or on a figure of its own, and returns the figure:
 `plot.response_matrix(response).savefig("response.png")`. Nothing here touches pyplot, so no window
 opens and no figure stays in memory. Colours are those of Okabe and Ito, and a diverging map from
@@ -9,24 +9,36 @@ blue to red, which colour-blind readers tell apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 
 from jaxpattern.inversion import Intervention
+from jaxpattern.response.directions import PrincipalDirections
 from jaxpattern.response.result import Response
 from jaxpattern.sweep import Sweep
+from jaxpattern.token_table import Decode, check_aligned, decode_each, visible
+from jaxpattern.validation import check_count
 
 try:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import findfont, get_font
 except ImportError as error:
     raise ImportError(
         'jaxpattern.plot needs matplotlib, which is optional: pip install "jaxpattern[plot]"'
     ) from error
 
 BLUE, ORANGE, VERMILLION, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#7A7A7A"
+
+_FONT, _FONT_SIZE = "DejaVu Sans Mono", 8
 
 
 def response_matrix(response: Response, *, ax: Axes | None = None, unit: str = "nats") -> Figure:
@@ -242,6 +254,216 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _open(ax)
     return figure
+
+
+def loadings(
+    directions: PrincipalDirections, num: int | None = None, *, ax: Axes | None = None
+) -> Figure:
+    """A heat map of the loadings of each principal direction on the rows of the response.
+
+    A direction is labelled by its share of the variance and by the cosine between the coordinates
+    of two halves of the draws; those below one half are in grey.
+
+    Args:
+        directions: from `principal_directions`.
+        num: only the first so many.
+        ax: where to draw.
+    """
+    values = np.asarray(directions.loadings)[:num]
+    number, rows = values.shape
+    if ax is None:
+        ax = _figure(3.2 + 0.45 * rows, 1.5 + 0.36 * number).subplots()
+    image = ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    for k in range(number):
+        for i in range(rows):
+            ax.text(
+                i, k, f"{values[k, i]:+.1f}".replace("+0.", "+.").replace("-0.", "−."),
+                ha="center", va="center", fontsize=7,
+                color="white" if abs(values[k, i]) > 0.55 else "black",
+            )  # fmt: skip
+    reliability = np.asarray(directions.reliability)
+    labels = []
+    for k in range(number):
+        known = np.isfinite(reliability[k])
+        split = f", split {reliability[k]:.2f}" if known else ""
+        labels.append(f"{k + 1}  ({100 * float(directions.explained[k]):.1f} %{split})")
+    ax.set_yticks(range(number), labels)
+    for k, label in enumerate(ax.get_yticklabels()):
+        label.set_color(GREY if reliability[k] < 0.5 else "black")
+    ax.set_xticks(range(rows), directions.rows, rotation=60, ha="right", rotation_mode="anchor")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title("Loadings of principal directions", loc="left")
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
+    bar.outline.set_visible(False)
+    return _root(ax)
+
+
+def heads(
+    values: Mapping[str, Any] | np.ndarray | Array,
+    *,
+    ax: Axes | None = None,
+    label: str = "",
+    limit: float | None = None,
+) -> Figure:
+    """A heat map of one number a head, layers by heads.
+
+    Colours are symmetric about zero.
+
+    Args:
+        values: `[layer, H]`, such as `prefix_matching_score` returns, or named values such as
+            `dict(zip(directions.rows, directions.loadings[1]))`, of which those named like a head
+            (`l0h1`) are drawn.
+        ax: where to draw.
+        label: what the numbers are.
+        limit: number at the ends of the colour scale, by default the largest magnitude.
+
+    Raises:
+        ValueError: no value is named like a head, or the array is not `[layer, H]`.
+    """
+    grid = _head_grid(values) if isinstance(values, Mapping) else np.asarray(values, float)
+    if grid.ndim != 2 or grid.size == 0:
+        raise ValueError(f"values must be [layer, H], got shape {list(grid.shape)}")
+    layers, number = grid.shape
+    if ax is None:
+        ax = _figure(1.9 + 0.55 * number, 1.3 + 0.5 * layers).subplots()
+    limit = limit or float(np.nanmax(np.abs(grid), initial=0.0)) or 1.0
+    image = ax.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    for layer, head in zip(*np.nonzero(np.isfinite(grid)), strict=True):
+        value = grid[layer, head]
+        ax.text(
+            head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8,
+            color="white" if abs(value) > 0.55 * limit else "black",
+        )  # fmt: skip
+    ax.set_xticks(range(number))
+    ax.set_yticks(range(layers))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    return _root(ax)
+
+
+def tokens(
+    coordinates: np.ndarray | Array,
+    tokens: np.ndarray | Array,
+    *,
+    decode: Decode | None = None,
+    width: int = 88,
+    limit: float | None = None,
+    label: str = "coordinate",
+) -> Figure:
+    """Running text, each token on a background coloured by its coordinate.
+
+    Lines break where the text does and at `width` characters. Characters that do not print are
+    drawn as a dot, and a line break is shown as ↵, since it is a token, too. The first token of
+    a sequence is predicted by nothing and has no colour, like tokens of coordinate NaN.
+
+    Args:
+        coordinates: one number a predicted token, `[B, T]`; each sequence starts a paragraph.
+        tokens: `[B, T + 1]`, what the losses were of.
+        decode: tokens to text, called with one token at a time; by default they are bytes.
+        width: characters a line.
+        limit: number at the ends of the colour scale, by default the 99th percentile of the
+            magnitudes, which a few outliers do not move.
+        label: what the numbers are.
+
+    Raises:
+        ValueError: shapes do not fit, or tokens are no bytes where `decode` is left out.
+    """
+    coordinates, tokens = check_aligned(coordinates, tokens)
+    check_count("width", width, minimum=1)
+    pieces = []
+    line = column = 0
+    for values, sequence in zip(coordinates, tokens, strict=True):
+        for value, text in zip([np.nan, *values], decode_each(sequence, decode), strict=True):
+            for part, ends in _wrap(_drawable(text), width, column):
+                pieces.append((line, column, part, value))
+                line, column = (line + 1, 0) if ends else (line, column + len(part))
+        line, column = line + (2 if column else 1), 0
+    finite = np.abs(coordinates[np.isfinite(coordinates)])
+    limit = limit or (float(np.quantile(finite, 0.99)) if finite.size else 0.0) or 1.0
+
+    # The size of a cell is that of a character of the font, so that backgrounds fit the text.
+    cell_width, cell_height, bar = 0.602 * _FONT_SIZE / 72, 1.45 * _FONT_SIZE / 72, 0.9
+    inner = (width * cell_width, max(line, 4) * cell_height)
+    outer = (inner[0] + bar + 0.2, inner[1] + 0.2)
+    figure = Figure(figsize=outer, dpi=150)
+    ax = figure.add_axes((0.1 / outer[0], 0.1 / outer[1], inner[0] / outer[0], inner[1] / outer[1]))
+    ax.set_xlim(0, width)
+    ax.set_ylim(max(line, 4), 0)
+    ax.axis("off")
+    scale = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
+    boxes = [(x, y, len(part), value) for y, x, part, value in pieces if np.isfinite(value)]
+    ax.add_collection(
+        PolyCollection(
+            [[(x, y), (x + n, y), (x + n, y + 1), (x, y + 1)] for x, y, n, _ in boxes],
+            facecolors=[scale.to_rgba(value) for *_, value in boxes],
+            edgecolors="white", linewidths=0.4,
+        )
+    )  # fmt: skip
+    for y, x, part, value in pieces:
+        if part.strip():
+            ax.text(
+                x, y + 0.5, part, family=_FONT, fontsize=_FONT_SIZE, va="center", ha="left",
+                color="white" if abs(value) > 0.6 * limit else "black", parse_math=False,
+            )  # fmt: skip
+    height = min(1.5, inner[1])
+    bar_ax = figure.add_axes(
+        (
+            (inner[0] + 0.25) / outer[0],
+            1 - (0.1 + height) / outer[1],
+            0.12 / outer[0],
+            height / outer[1],
+        )
+    )
+    colours = figure.colorbar(scale, cax=bar_ax)
+    colours.set_label(label, fontsize=8)
+    colours.ax.tick_params(labelsize=7)
+    colours.outline.set_visible(False)
+    return figure
+
+
+def _head_grid(values: Mapping[str, Any]) -> np.ndarray:
+    """Values of heads by layer and head, NaN where there is none."""
+    found = {}
+    for name, value in values.items():
+        match = re.fullmatch(r"l(\d+)h(\d+)", name)
+        if match:
+            found[int(match[1]), int(match[2])] = float(value)
+    if not found:
+        raise ValueError(f"values must be named like heads, l0h0, l0h1, …, got {list(values)}")
+    grid = np.full(np.max(list(found), axis=0) + 1, np.nan)
+    for place, value in found.items():
+        grid[place] = value
+    return grid
+
+
+def _wrap(text: str, width: int, column: int) -> Iterator[tuple[str, bool]]:
+    """The text in parts that fit a line from a column on, and whether the line ends there."""
+    while text:
+        room = width - column
+        stop = text.find("↵", 0, room)
+        part = text[:room] if stop < 0 else text[: stop + 1]
+        text = text[len(part) :]
+        ends = stop >= 0 or len(part) == room
+        yield part, ends
+        column = 0 if ends else column + len(part)
+
+
+@functools.cache
+def _known_characters() -> frozenset[int]:
+    """What the font can draw."""
+    return frozenset(get_font(findfont(_FONT)).get_charmap())
+
+
+def _drawable(text: str) -> str:
+    """The text as the font can draw it, a character a cell."""
+    shown = visible(text.replace("\t", "    "))
+    return "".join(c if ord(c) in _known_characters() else "·" for c in shown)
 
 
 def _figure(width: float, height: float) -> Figure:

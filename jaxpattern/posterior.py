@@ -73,6 +73,10 @@ class Posterior:
     A chain moves a *position*: the weights, or the part a restriction selects, in float32 (or
     wider) whatever the dtype of the parameters, so that small steps are not rounded away. The
     loss sees parameters of the dtypes it was given.
+
+    With `mirror` = −1 a position is minus the weights: any sampler, given the same key, then moves
+    the weights by the negative of its noise, while the law it samples stays the same. A chain and
+    its mirrored twin are an antithetic pair. Mini-batches of the twins are independent.
     """
 
     # A stack of posteriors, to be vmapped, has leading axes everywhere.
@@ -83,6 +87,7 @@ class Posterior:
     localization: Float[Array, "..."] | float
     restriction: Restriction | None
     loss_fn: LossFn = field(metadata={"static": True})
+    mirror: Float[Array, "..."] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -92,16 +97,29 @@ class Posterior:
     @property
     def centre(self) -> Position:
         """The position of w*."""
-        return jax.tree.map(_widen, self._select(self.params))
+        return self._reflect(jax.tree.map(_widen, self._select(self.params)))
 
     def embed(self, position: Position) -> Params:
         """The full weights at a position: everything outside the restriction stays at w*."""
         like = self._select(self.params)
-        narrow = jax.tree.map(lambda x, reference: x.astype(reference.dtype), position, like)
+        weights = self._reflect(position)
+        narrow = jax.tree.map(lambda x, reference: x.astype(reference.dtype), weights, like)
         return narrow if self.restriction is None else self.restriction.embed(narrow, self.params)
 
     def _select(self, params: Params) -> Params:
         return params if self.restriction is None else self.restriction.select(params)
+
+    def _reflect(self, position: Position) -> Position:
+        mirror = self.mirror
+        if mirror is None:
+            return position
+        return jax.tree.map(lambda x: x * mirror.astype(x.dtype), position)
+
+    def own_key(self, key: Key[Array, ""]) -> Key[Array, ""]:
+        """A key that differs between mirrored twins, for what is drawn beside the noise."""
+        if self.mirror is None:
+            return key
+        return jax.random.fold_in(key, (self.mirror < 0).astype(jnp.uint32))
 
     def losses(self, position: Position, batch: Batch) -> Losses:
         """ℓ_z(w) of a batch, at least in float32."""
@@ -116,7 +134,7 @@ class Posterior:
         """`size` samples drawn uniformly with replacement; all the data where `size` is None."""
         if size is None:
             return Minibatch(self.data, self.weights)
-        index = jax.random.randint(key, (size,), 0, self.num_samples)
+        index = jax.random.randint(self.own_key(key), (size,), 0, self.num_samples)
         return jax.tree.map(lambda x: x[index], Minibatch(self.data, self.weights))
 
     def loss_gradient(self, position: Position, minibatch: Minibatch | None = None) -> Position:

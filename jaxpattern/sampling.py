@@ -10,7 +10,8 @@ further draws have weight zero, the chain is left out of every estimate, and it 
 result and in a `DivergenceWarning`. When all chains of a component are lost, `DivergenceError`.
 
 Randomness: chain c of component k uses fold_in(fold_in(key, k), c), and step t folds in t. Bits
-therefore do not depend on chunking, on other chains, or on where a chain runs.
+therefore do not depend on chunking, on other chains, or on where a chain runs. Antithetic chains
+2c and 2c + 1 are mirrored twins (see `Posterior`), which share the key of chain c.
 """
 
 from __future__ import annotations
@@ -293,52 +294,65 @@ def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def over_chains(function: Callable, posterior: Posterior, restrictions: Any) -> Callable:
+def over_chains(
+    function: Callable, posterior: Posterior, restrictions: Any, antithetic: bool = False
+) -> Callable:
     """Vmap of a one-chain function over components (leading) and chains."""
 
-    def one_chain(restriction: Restriction | None, *args: Any) -> Any:
-        component = (
-            posterior if restriction is None else replace(posterior, restriction=restriction)
-        )
+    def one_chain(restriction: Restriction | None, mirror: Array | None, *args: Any) -> Any:
+        component = posterior if mirror is None else replace(posterior, mirror=mirror)
+        if restriction is not None:
+            component = replace(component, restriction=restriction)
         return function(component, *args)
 
     def mapped(*args: Any) -> Any:
-        chains = jax.vmap(one_chain, in_axes=(None, *(0 for _ in args)))
-        return jax.vmap(chains)(restrictions, *args)
+        num_chains = jax.tree.leaves(args)[0].shape[1]
+        mirror = (-1.0) ** jnp.arange(num_chains) if antithetic else None
+        chains = jax.vmap(one_chain, in_axes=(None, 0, *(0 for _ in args)))
+        return jax.vmap(chains, in_axes=(0, None, *(0 for _ in args)))(restrictions, mirror, *args)
 
     return mapped
 
 
-@partial(jax.jit, static_argnames="plan")
-def _start_all(posterior, restrictions, sampler, recorder, keys, plan):  # type: ignore[no-untyped-def]
+@partial(jax.jit, static_argnames=("plan", "antithetic"))
+def _start_all(posterior, restrictions, sampler, recorder, keys, plan, antithetic):  # type: ignore[no-untyped-def]
     start = lambda component, key: _start(component, sampler, recorder, plan, key)  # noqa: E731
-    return over_chains(start, posterior, restrictions)(keys)
+    return over_chains(start, posterior, restrictions, antithetic)(keys)
 
 
-@partial(jax.jit, static_argnames=("plan", "static_bounds"))
+@partial(jax.jit, static_argnames=("plan", "antithetic", "static_bounds"))
 def _burn_all(  # type: ignore[no-untyped-def]
-    posterior, restrictions, sampler, chains, keys, bounds, plan, static_bounds=None
+    posterior, restrictions, sampler, chains, keys, bounds, plan, antithetic, static_bounds=None
 ):
     start, stop = static_bounds or bounds
     burn = lambda p, chain, key: _burn(p, sampler, plan, chain, key, start, stop)  # noqa: E731
-    return over_chains(burn, posterior, restrictions)(chains, keys)
+    return over_chains(burn, posterior, restrictions, antithetic)(chains, keys)
 
 
-@partial(jax.jit, static_argnames=("plan", "static_bounds"))
+@partial(jax.jit, static_argnames=("plan", "antithetic", "static_bounds"))
 def _draw_all(  # type: ignore[no-untyped-def]
-    posterior, restrictions, sampler, recorder, chains, keys, bounds, plan, static_bounds=None
+    posterior,
+    restrictions,
+    sampler,
+    recorder,
+    chains,
+    keys,
+    bounds,
+    plan,
+    antithetic,
+    static_bounds=None,
 ):
     start, stop = static_bounds or bounds
     draw = lambda p, chain, key: _draw(p, sampler, recorder, plan, chain, key, start, stop)  # noqa: E731
-    return over_chains(draw, posterior, restrictions)(chains, keys)
+    return over_chains(draw, posterior, restrictions, antithetic)(chains, keys)
 
 
 def chain_keys(
-    key: Key[Array, ""], component_ids: tuple[int, ...], num_chains: int
+    key: Key[Array, ""], component_ids: tuple[int, ...], num_chains: int, antithetic: bool = False
 ) -> Key[Array, "components chains"]:
-    """fold_in(fold_in(key, component), chain)."""
+    """fold_in(fold_in(key, component), chain); twins share a key."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    chains = jnp.arange(num_chains, dtype=jnp.uint32)
+    chains = jnp.arange(num_chains, dtype=jnp.uint32) // (2 if antithetic else 1)
     components = fold(key, jnp.asarray(component_ids, jnp.uint32))
     return jax.vmap(lambda component: fold(component, chains))(components)
 
@@ -363,6 +377,7 @@ def run_chains(
     *,
     restrictions: Restriction | None = None,
     component_ids: tuple[int, ...] = (0,),
+    antithetic: bool = False,
     label: str = "sampling",
     progress: bool = True,
 ) -> Chain:
@@ -376,6 +391,7 @@ def run_chains(
         recorder: what to keep of each draw.
         restrictions: one `Restriction` whose leaves carry a leading component axis.
         component_ids: what each component folds into the key.
+        antithetic: chains 2c and 2c + 1 are mirrored twins.
         label: what the progress line says.
         progress: show a progress line, and compute in chunks. Off, or when traced by `vmap` or
             `grad`, all draws are one loop of static length, which reverse mode can run through.
@@ -384,14 +400,14 @@ def run_chains(
         A `Chain` whose leaves have leading axes `[component, chain]`.
     """
     posterior = _settle(posterior)
-    keys = chain_keys(key, component_ids, plan.num_chains)
-    chains = _start_all(posterior, restrictions, sampler, recorder, keys, plan)
+    keys = chain_keys(key, component_ids, plan.num_chains, antithetic)
+    chains = _start_all(posterior, restrictions, sampler, recorder, keys, plan, antithetic)
     burn = partial(_burn_all, posterior, restrictions, sampler)
     draw = partial(_draw_all, posterior, restrictions, sampler, recorder)
     arguments = jax.tree.leaves((key, posterior, restrictions, sampler, recorder))
     if not progress or not all(map(is_concrete, arguments)):
-        chains = burn(chains, keys, None, plan, (0, plan.num_burnin))
-        return draw(chains, keys, None, plan, (0, plan.num_draws))
+        chains = burn(chains, keys, None, plan, antithetic, (0, plan.num_burnin))
+        return draw(chains, keys, None, plan, antithetic, (0, plan.num_draws))
     with tqdm(total=plan.num_steps, desc=label, unit="step", leave=False) as bar:
         for advance, total, thin in ((burn, plan.num_burnin, 1), (draw, plan.num_draws, plan.thin)):
             size = max(1, -(-total * thin * _PROGRESS_CHUNKS // plan.num_steps))
@@ -399,7 +415,7 @@ def run_chains(
             for start in range(0, total, size):
                 stop = min(start + size, total)
                 bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
-                chains = jax.block_until_ready(advance(chains, keys, bounds, plan))
+                chains = jax.block_until_ready(advance(chains, keys, bounds, plan, antithetic))
                 bar.update((stop - start) * thin)
     return chains
 

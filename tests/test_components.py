@@ -148,6 +148,10 @@ def test_the_response_is_that_of_heads_by_slice():
     assert response.rows == ("l0h0", "l0h1", "l1h0", "l1h1")
     scale = float(jnp.abs(expected.chi["p"]).max())
     np.testing.assert_allclose(response.chi["p"], expected.chi["p"], atol=1e-3 * scale)
+    directions = jp.principal_directions(response)
+    assert directions.coordinates["p"].shape == (4, 2, CONTEXT)
+    rows = jp.extreme_tokens(directions.coordinates["p"][0], posterior.data[:2])
+    assert rows[0].coordinate == pytest.approx(float(directions.coordinates["p"][0].max()))
 
 
 BAD = {

@@ -20,6 +20,8 @@ import jaxpattern as jp
 from jaxpattern import moments
 from jaxpattern.models import superposition as toy
 
+susceptibilities = partial(jp.susceptibilities, estimator=jp.covariance())
+
 NBETA, LOCALIZATION, STEP = 4.0, 2.0, 0.06
 DIMENSION, SAMPLES = 4, 6
 
@@ -183,7 +185,7 @@ def test_draws_of_weight_zero_count_for_nothing():
 
 @pytest.fixture(scope="module")
 def full_response():
-    return jp.susceptibilities(
+    return susceptibilities(
         jax.random.key(0),
         quadratic_posterior(),
         SAMPLER,
@@ -241,7 +243,7 @@ FREE = {"a0": [0], "b": [2, 3], "a1": [1], "mask": [0, 3]}
 @pytest.mark.parametrize("form", ["centred", "hybrid"])
 def test_components_have_their_own_susceptibilities(form):
     posterior = quadratic_posterior()
-    response = jp.susceptibilities(
+    response = susceptibilities(
         jax.random.key(1),
         posterior,
         SAMPLER,
@@ -266,7 +268,7 @@ def test_components_have_their_own_susceptibilities(form):
 
 
 def test_components_default_to_their_excess_loss():
-    response = jp.susceptibilities(
+    response = susceptibilities(
         jax.random.key(2),
         quadratic_posterior(),
         SAMPLER,
@@ -285,7 +287,7 @@ def test_components_default_to_their_excess_loss():
 def test_reference_stands_for_the_loss():
     """χ_z = −Cov[φ, ℓ_z − L_ref] with the posterior that of the data."""
     reference = jax.tree.map(lambda x: x[:2], LOSSES)
-    response = jp.susceptibilities(
+    response = susceptibilities(
         jax.random.key(3),
         quadratic_posterior(),
         SAMPLER,
@@ -308,7 +310,7 @@ def test_streamed_estimates_are_those_of_the_whole_trace():
     """χ, its error, its halves and the mean of a group, from all draws at once in float64."""
     plan = jp.Plan(num_chains=4, num_burnin=0, num_draws=60, thin=2, num_batches=3)
     posterior, key = quadratic_posterior(), jax.random.key(4)
-    response = jp.susceptibilities(
+    response = susceptibilities(
         key, posterior, SAMPLER, plan, probes=PROBES, observables=PHI, progress=False
     )
     trace = jp.sample(key, posterior, SAMPLER, plan, flat, progress=False)
@@ -368,7 +370,7 @@ def test_memory_of_the_columns_does_not_grow_with_the_draws():
 
     def run(num_draws, key):
         plan = jp.Plan(num_chains=2, num_burnin=0, num_draws=num_draws, num_batches=4)
-        response = jp.susceptibilities(
+        response = susceptibilities(
             key,
             posterior,
             SAMPLER,
@@ -412,7 +414,7 @@ def test_response_to_reweighted_data():
 
 
 def test_first_order_prediction_is_the_weight_derivative():
-    response = jp.susceptibilities(
+    response = susceptibilities(
         jax.random.key(7),
         quadratic_posterior(),
         jp.mala(step_size=0.3),
@@ -451,7 +453,7 @@ def test_anharmonic_susceptibility(nbeta):
         tilted_potential, {"x": jnp.zeros(())}, data, nbeta=nbeta, localization=0.0
     )
     # ε of one posterior variance.
-    response = jp.susceptibilities(
+    response = susceptibilities(
         jax.random.key(8),
         posterior,
         jp.mala(step_size=1.0 / nbeta),
@@ -481,7 +483,7 @@ def test_susceptibility_to_the_mixture_of_features():
         localization=localization,
         weights=jnp.asarray(mixture, jnp.float32),
     )
-    response = jp.susceptibilities(
+    response = susceptibilities(
         jax.random.key(9),
         posterior,
         jp.mala(step_size=0.02),
@@ -530,7 +532,7 @@ def test_intervals_cover(form):
     components = {"b": COMPONENTS["b"]} if form == "hybrid" else None
 
     def run(key):
-        response = jp.susceptibilities(
+        response = susceptibilities(
             key,
             posterior,
             SAMPLER,

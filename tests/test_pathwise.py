@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import config
-from oracles import anharmonic, euler, gaussian
+from oracles import anharmonic, euler, gaussian, superposition
 
 import jaxpattern as jp
+from jaxpattern.models import superposition as toy
 from jaxpattern.sampling import build_kernel, chain_keys, position_of, streams_of
 
 KEY = jax.random.key(20)
@@ -65,11 +67,11 @@ class Tilted:
         return self.posterior.drift(position, self.loss_gradient(position, minibatch))
 
 
-def expectation_of_chains(posterior, sampler, plan, probes, tilt):
+def expectation_of_chains(posterior, sampler, plan, probes, antithetic, tilt):
     """The mean of the observables over all draws of all chains, by a plain loop of the sampler."""
-    kernel = build_kernel(Tilted(posterior, probes, tilt), sampler, plan)
 
-    def chain(key):
+    def chain(key, posterior):
+        kernel = build_kernel(Tilted(posterior, probes, tilt), sampler, plan)
         streams = streams_of(key)
 
         def step(state, t):
@@ -81,8 +83,11 @@ def expectation_of_chains(posterior, sampler, plan, probes, tilt):
         _, values = jax.lax.scan(step, state, jnp.arange(plan.num_steps))
         return jnp.mean(values[plan.num_burnin + plan.thin - 1 :: plan.thin], axis=0)
 
-    keys = chain_keys(KEY, (0,), plan.num_chains)[0]
-    return jnp.mean(jax.vmap(chain)(keys), axis=0)
+    keys = chain_keys(KEY, (0,), plan.num_chains, antithetic)[0]
+    if not antithetic:
+        return jnp.mean(jax.vmap(partial(chain, posterior=posterior))(keys), axis=0)
+    twins = [replace(posterior, mirror=jnp.asarray((-1.0) ** c)) for c in range(plan.num_chains)]
+    return jnp.mean(jnp.stack([chain(key, p) for key, p in zip(keys, twins, strict=True)]), axis=0)
 
 
 SAMPLERS = {
@@ -99,18 +104,18 @@ MINIBATCHES = jp.Plan(num_chains=2, num_burnin=0, num_draws=2, thin=3, batch_siz
 BURN_IN = jp.Plan(num_chains=1, num_burnin=3, num_draws=4, thin=1, batch_size=None)
 PART = jp.by_slice({"a": (1, [0, 2])})
 FAST_CASES = [
-    ("sgld", None, MINIBATCHES),
-    ("sgnht", None, BURN_IN),
-    ("rmsprop", PART, MINIBATCHES),
+    ("sgld", None, MINIBATCHES, True),
+    ("sgnht", None, BURN_IN, False),
+    ("rmsprop", PART, MINIBATCHES, True),
 ]
 EXACT_CASES = [
     pytest.param(*case, marks=() if case in FAST_CASES else pytest.mark.slow)
-    for case in itertools.product(SAMPLERS, (None, PART), (MINIBATCHES, BURN_IN))
+    for case in itertools.product(SAMPLERS, (None, PART), (MINIBATCHES, BURN_IN), (False, True))
 ]
 
 
-@pytest.mark.parametrize(("name", "restriction", "plan"), EXACT_CASES)
-def test_equals_reverse_mode_through_the_whole_chain(x64, name, restriction, plan):
+@pytest.mark.parametrize(("name", "restriction", "plan", "antithetic"), EXACT_CASES)
+def test_equals_reverse_mode_through_the_whole_chain(x64, name, restriction, plan, antithetic):
     sampler = SAMPLERS[name]
     params, data = tiny_network()
     posterior = jp.localized_posterior(network_loss, params, data, nbeta=20.0, localization=30.0)
@@ -118,12 +123,14 @@ def test_equals_reverse_mode_through_the_whole_chain(x64, name, restriction, pla
         posterior = jp.restrict(posterior, restriction)
     response = jp.susceptibilities(
         KEY, posterior, sampler, plan,
-        observables=OBSERVABLES, probes={"all": data},
-        estimator=jp.pathwise(window=100, every=1, growth_limit=1e6), progress=False,
+        observables=OBSERVABLES, probes={"all": data}, reference=data,
+        estimator=jp.pathwise(
+            window=100, every=1, antithetic=antithetic, hessian_batch=6, growth_limit=1e6
+        ),
+        progress=False,
     )  # fmt: skip
-    exact = jax.jit(jax.jacrev(partial(expectation_of_chains, posterior, sampler, plan, data)))(
-        jnp.zeros(6)
-    )
+    expectation = partial(expectation_of_chains, posterior, sampler, plan, data, antithetic)
+    exact = jax.jit(jax.jacrev(expectation))(jnp.zeros(6))
     np.testing.assert_allclose(response.chi["all"], exact / 20.0, rtol=1e-9, atol=1e-14)
 
 
@@ -139,9 +146,11 @@ def test_tangents_equal_the_adjoint_on_the_same_chain(x64):
     plan = jp.Plan(num_chains=2, num_burnin=2, num_draws=4, thin=2, batch_size=3)
     run = partial(
         jp.susceptibilities, KEY, posterior, sampler, plan,
-        observables=OBSERVABLES, probes=probes, progress=False,
+        observables=OBSERVABLES, probes=probes, reference=data, progress=False,
     )  # fmt: skip
-    adjoint = jp.group_mean(run(estimator=jp.pathwise(window=50, every=1, growth_limit=1e6)))
+    adjoint = jp.group_mean(
+        run(estimator=jp.pathwise(window=50, every=1, hessian_batch=3, growth_limit=1e6))
+    )
     tangent = run(estimator=jp.pathwise(mode="tangent"))
     assert tangent.estimator == "pathwise (tangent)"
     for name in probes:
@@ -258,7 +267,7 @@ def test_linear_observables_have_no_noise():
     plan = jp.Plan(num_chains=2, num_burnin=10, num_draws=4, thin=5, batch_size=2)
     response = jp.susceptibilities(
         KEY, posterior, jp.sgld(step_size=0.02), plan, observables={"sum": lambda p: p["w"].sum()},
-        probes={"all": data}, estimator=jp.pathwise(window=60, every=1), progress=False,
+        probes={"all": data}, reference=data, estimator=jp.pathwise(window=60, every=1), progress=False,
     )  # fmt: skip
     exact = -slopes.sum(axis=1) / (30 + 10)
     # Draws less than 60 steps from the start have short windows: ten relaxation times take 24.
@@ -266,7 +275,7 @@ def test_linear_observables_have_no_noise():
     late = jp.Plan(num_chains=2, num_burnin=80, num_draws=4, thin=5, batch_size=2)
     response = jp.susceptibilities(
         KEY, posterior, jp.sgld(step_size=0.02), late, observables={"sum": lambda p: p["w"].sum()},
-        probes={"all": data}, estimator=jp.pathwise(window=60, every=1), progress=False,
+        probes={"all": data}, reference=data, estimator=jp.pathwise(window=60, every=1), progress=False,
     )  # fmt: skip
     np.testing.assert_allclose(response.chi["all"][0], exact, rtol=1e-5)
     assert response.stderr["all"].max() < 1e-6 * np.abs(exact).max()
@@ -508,3 +517,77 @@ def test_the_direct_term_needs_excess_losses():
                 KEY, posterior, SAMPLERS["sgld"], jp.Plan(), observables=OBSERVABLES,
                 probes={"all": data}, estimator=estimator,
             )  # fmt: skip
+
+
+def test_toy_model_of_superposition():
+    """χ to the mixture of features, by quadrature on a grid. False alarms: 4 columns, 5e-6."""
+    mixture = np.array([0.6, 0.4])
+    weights, bias = np.array([[0.9, -0.6]]), np.array([-0.1, 0.05])
+    params = {"W": jnp.asarray(weights, jnp.float32), "b": jnp.asarray(bias, jnp.float32)}
+    features = jnp.arange(2)
+    posterior = jp.localized_posterior(
+        toy.loss_fn, params, features, nbeta=30.0, localization=20.0,
+        weights=jnp.asarray(mixture, jnp.float32),
+    )  # fmt: skip
+    plan = jp.Plan(num_chains=192, num_burnin=400, num_draws=80, thin=20, num_batches=2)
+    response = jp.susceptibilities(
+        KEY, posterior, jp.sgld(step_size=1e-3), plan, probes={"features": features},
+        observables={
+            "overlap": lambda p: p["W"][0, 0] * p["W"][0, 1],
+            "norm": lambda p: jnp.sum(p["W"] ** 2) + p["b"][0],
+        },
+        estimator=jp.pathwise(window=300), progress=False,
+    )  # fmt: skip
+    law = superposition.grid_posterior(
+        weights, bias, mixture=mixture, nbeta=30.0, localization=20.0, points=25, half_width=1.3
+    )
+
+    def observables(weights, bias):
+        overlap = weights[:, 0, 0] * weights[:, 0, 1]
+        return np.stack([overlap, np.sum(weights**2, (1, 2)) + bias[:, 0]], -1)
+
+    expected = superposition.susceptibility(observables, law, mixture)
+    chi, stderr = (np.asarray(x["features"]) for x in (response.chi, response.stderr))
+    # The step widens a direction of precision P ≈ 60 by εP/4 = 1.5 %, and χ with it.
+    assert np.all(np.abs(chi - expected) < 5 * stderr + 0.03 * np.abs(expected).max())
+    assert np.all(stderr < 0.025 * np.abs(expected).max())
+
+
+def test_twins_mirror_each_other_exactly_where_the_law_is_symmetric():
+    data = jnp.zeros((4, 3))
+    loss = lambda p, b: jnp.sum((p["w"][None] - b) ** 2, axis=1)  # noqa: E731
+    posterior = jp.localized_posterior(
+        loss, {"w": jnp.zeros(3)}, data, nbeta=30.0, localization=10.0
+    )
+    for sampler in SAMPLERS.values():
+        kernels = [
+            build_kernel(replace(posterior, mirror=jnp.asarray(sign)), sampler, MINIBATCHES)
+            for sign in (1.0, -1.0)
+        ]
+        paths = []
+        for kernel, sign in zip(kernels, (1.0, -1.0), strict=True):
+            twin = replace(posterior, mirror=jnp.asarray(sign))
+            state = kernel.init(twin.centre, jax.random.fold_in(KEY, 9))
+            for t in range(4):
+                state = kernel.step(jax.random.fold_in(KEY, t), state)
+            paths.append(np.asarray(twin.embed(position_of(state))["w"]))
+        np.testing.assert_array_equal(paths[0], -paths[1])
+        assert np.abs(paths[0]).min() > 1e-4
+
+
+def test_part_of_the_curvature_is_right_on_average():
+    """Over all orders of a mini-batch, H from its first sample averages to H of the mini-batch."""
+    params, data = tiny_network()
+    posterior = jp.localized_posterior(network_loss, params, data, nbeta=20.0, localization=30.0)
+    plan = jp.Plan(num_chains=1024, num_burnin=0, num_draws=4, thin=5, batch_size=4, num_batches=1)
+    measure = partial(
+        jp.susceptibilities, KEY, posterior, jp.sgld(step_size=4e-3), plan,
+        observables=OBSERVABLES, probes={"all": data}, reference=data, progress=False,
+    )  # fmt: skip
+    settings = {"window": 20, "every": 1, "antithetic": False}
+    whole = measure(estimator=jp.pathwise(**settings, hessian_batch=4))
+    part = measure(estimator=jp.pathwise(**settings, hessian_batch=1))
+    # The chains are the same: what differs has less noise than the estimate itself.
+    difference = np.abs(np.asarray(part.chi["all"] - whole.chi["all"]))
+    assert np.all(difference < 5 * np.asarray(part.stderr["all"]))
+    assert np.all(np.asarray(part.stderr["all"]) < 0.02 * np.abs(whole.chi["all"]).max())

@@ -4,6 +4,7 @@ import builtins
 import importlib
 import io
 import sys
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +126,73 @@ def test_sweep_marks_what_is_wrong(settings):
     figure = render(plot.sweep(result))
     assert texts(figure).count("healthy") == healthy.sum()
     assert ("all chains turned non-finite" in texts(figure)) == (settings == 5)
+
+
+def test_loadings_name_directions_and_rows():
+    response = make_response(columns=(7, 5), rows=("l0h0", "l0h1", "l1h0", "embed"))
+    directions = jp.principal_directions(response)
+    figure = render(plot.loadings(directions))
+    written = texts(figure)
+    assert all(row in written for row in directions.rows)
+    assert f"{100 * float(directions.explained[0]):.1f} %, split" in written
+    assert len(figure.axes[0].get_yticks()) == 4
+    assert len(plot.loadings(directions, 2).axes[0].get_yticks()) == 2
+    without = jp.principal_directions(replace(response, halves={}))
+    assert "split" not in texts(render(plot.loadings(without)))
+
+
+def test_heads_are_a_grid_of_layers():
+    scores = jnp.array([[0.1, 0.9, 0.2], [0.0, 0.3, 0.4]])
+    figure = render(plot.heads(scores, label="prefix matching"))
+    assert all(word in texts(figure) for word in ("0.90", "layer", "head", "prefix matching"))
+    named = {"l0h0": 0.1, "l0h1": -0.9, "l1h1": 0.3, "embed": 7.0, "l0": 5.0}
+    figure = render(plot.heads(named))
+    image = figure.axes[0].images[0]
+    np.testing.assert_allclose(np.ma.filled(image.get_array(), 0), [[0.1, -0.9], [0, 0.3]])
+    assert image.norm.vmax == -image.norm.vmin == 0.9
+    with pytest.raises(ValueError, match=r"named like heads.*\['embed'\]"):
+        plot.heads({"embed": 1.0})
+    with pytest.raises(ValueError, match=r"\[layer, H\], got shape \[3\]"):
+        plot.heads(np.zeros(3))
+
+
+def test_tokens_are_text_on_colours():
+    """Of each sequence the first token has no colour, and lines break as the text does."""
+    text = "if x:\n\treturn 日本 $x$\x00 "
+    tokens = np.array([[ord(c) for c in text]] * 2)
+    coordinates = np.linspace(-1, 1, tokens.size - 2).reshape(2, -1)
+    coordinates[1, -1] = np.nan
+    decode = lambda tokens: "".join(map(chr, tokens))  # noqa: E731
+    figure = plot.tokens(coordinates, tokens, decode=decode, width=12, label="induction")
+    figure.savefig(io.BytesIO())
+    boxes = figure.axes[0].collections[0]
+    assert len(boxes.get_paths()) == tokens.size - 3
+    colours = boxes.get_facecolors()
+    assert colours[0, 2] > colours[0, 0]  # blue below zero
+    assert colours[-1, 0] > colours[-1, 2]  # red above
+    drawn = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in figure.axes[0].texts}
+    assert drawn[0.5, 0] == "i"
+    assert drawn[0.5, 5] == "↵"
+    assert drawn[1.5, 4] == "r"
+    assert drawn[1.5, 11] == "·"
+    assert drawn[2.5, 2] == "$"
+    assert (4.5, 0) in drawn  # the next sequence, after a line left free
+    assert "induction" in texts(figure)
+    render(plot.tokens(np.zeros((1, 3)), np.full((1, 4), 65)))
+    with pytest.raises(ValueError, match="decode must be given"):
+        plot.tokens(coordinates, tokens)
+
+
+def test_a_long_token_goes_on_in_the_next_line():
+    figure = plot.tokens(np.ones((1, 1)), np.array([[0, 1]]), decode=lambda t: "ab" * 5, width=8)
+    places = [(t.get_text(), t.get_position()) for t in figure.axes[0].texts]
+    assert places == [
+        ("abababab", (0, 0.5)),
+        ("ab", (0, 1.5)),
+        ("ababab", (2, 1.5)),
+        ("abab", (0, 2.5)),
+    ]
+    assert len(figure.axes[0].collections[0].get_paths()) == 2
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

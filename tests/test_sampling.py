@@ -6,6 +6,7 @@ or a χ² test at 1e-6.
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ N, D = 9, 4
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, D))
 KEY = jax.random.key(11)
+susceptibilities = partial(jp.susceptibilities, estimator=jp.covariance())
 # One plan for nearly all tests, and settings that are arguments: few programs to compile.
 PLAN = jp.Plan(num_chains=6, num_burnin=5, num_draws=12, thin=2, batch_size=4, num_batches=3)
 
@@ -86,7 +88,7 @@ def square(params):
 
 def chi(posterior, *, sampler=None, limit=np.inf, observables=None, components=None):
     """The response to all data, and to the same data within a limit."""
-    return jp.susceptibilities(
+    return susceptibilities(
         KEY,
         posterior,
         doomed() if sampler is None else sampler,

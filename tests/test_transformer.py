@@ -10,6 +10,7 @@ from jaxpattern.models import (
     TransformerConfig,
     attention_patterns,
     make_loss_fn,
+    residual_states,
     transformer,
 )
 
@@ -104,6 +105,24 @@ def test_logits_give_the_losses():
     z = jax.jit(lambda p: transformer.logits(p, tokens[:, :-1], config=config))(params)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(z), tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(make_loss_fn(config)(params, tokens), losses, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "learned_positions_mlp_tied"])
+def test_the_residual_stream_starts_at_the_embedding_and_ends_at_the_logits(name):
+    config, tokens = CONFIGS[name], tokens_of()
+    params = jax.tree.map(np.asarray, params_of(config))
+    states = jax.jit(lambda p: residual_states(p, tokens, config=config))(params)
+    assert states.shape == (config.num_layers + 1, *tokens.shape, config.d_model)
+    root = config.d_model**0.5
+    start = params["embed"][np.asarray(tokens)] * (root if config.tied else 1)
+    if config.positions == "learned":
+        start = start + params["positions"][: tokens.shape[1]]
+    np.testing.assert_allclose(states[0], start, rtol=1e-5, atol=1e-6)
+    x = np.asarray(states[-1], np.float64)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * params["final_norm"]["scale"]
+    readout = params["embed"].T / root if config.tied else params["unembed"]
+    z = jax.jit(lambda p: transformer.logits(p, tokens, config=config))(params)
+    np.testing.assert_allclose(z, x @ readout, rtol=2e-5, atol=2e-5)
 
 
 def test_parameter_paths_and_head_slices():

@@ -204,7 +204,8 @@ class Transformer(nnx.Module):
         # Logits of variance 1/D: a new model spreads its bets, with losses near log V.
         self.unembed = None if config.tied else _normal(rngs, (D, V), 1.0 / D)
 
-    def __call__(self, tokens_BxT: Tokens) -> tuple[Logits, list[Pattern]]:
+    def states(self, tokens_BxT: Tokens) -> tuple[list[Residual], list[Pattern]]:
+        """The residual stream before each layer and after the last, and the patterns."""
         config = self.config
         length = tokens_BxT.shape[1]
         if length > config.context:
@@ -217,13 +218,18 @@ class Transformer(nnx.Module):
         if self.positions is not None:
             x_BxTxD = x_BxTxD + self.positions[None, :length]
         x_BxTxD = x_BxTxD.astype(config.dtype)
-        patterns = []
+        states, patterns = [x_BxTxD], []
         for i in range(config.num_layers):
             x_BxTxD, a_BxHxTxS = self.layers[str(i)](x_BxTxD)
+            states.append(x_BxTxD)
             patterns.append(a_BxHxTxS)
-        x_BxTxD = self.final_norm(x_BxTxD.astype(jnp.float32))
+        return states, patterns
+
+    def __call__(self, tokens_BxT: Tokens) -> tuple[Logits, list[Pattern]]:
+        states, patterns = self.states(tokens_BxT)
+        x_BxTxD = self.final_norm(states[-1].astype(jnp.float32))
         if self.unembed is None:
-            r_DxV = self.embed[...].T * config.d_model**-0.5
+            r_DxV = self.embed[...].T * self.config.d_model**-0.5
         else:
             r_DxV = self.unembed[...]
         return _linear(x_BxTxD, r_DxV), patterns
@@ -256,12 +262,16 @@ def _graphdef(config: TransformerConfig) -> nnx.GraphDef[Any]:
     return split_params(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
 
 
+def _model(config: TransformerConfig, params: Params) -> Transformer:
+    """The module that holds these weights."""
+    return cast(Transformer, nnx.merge(_graphdef(config), params))
+
+
 def _forward(
     config: TransformerConfig, params: Params, tokens: Tokens
 ) -> tuple[Logits, list[Pattern]]:
     """Logits and attention patterns; what is not used is not computed under jit."""
-    model = cast(Transformer, nnx.merge(_graphdef(config), params))
-    return model(tokens)
+    return _model(config, params)(tokens)
 
 
 def init(key: Array, config: TransformerConfig) -> Params:
@@ -326,3 +336,13 @@ def attention_patterns(
 ) -> Float[Array, "layer B H T S"]:
     """Attention a_ts of every head, `[layer, B, H, T, T]`; rows sum to 1 over the last axis."""
     return jnp.stack(_forward(config, params, tokens)[1])
+
+
+def residual_states(
+    params: Params, tokens: Tokens, *, config: TransformerConfig
+) -> Float[Array, "state B T D"]:
+    """The residual stream x⁰ … xᴸ before each layer and after the last, `[L + 1, B, T, D]`.
+
+    Float32, before any norm; state t has read the tokens up to t.
+    """
+    return jnp.stack(_model(config, params).states(tokens)[0]).astype(jnp.float32)

@@ -44,6 +44,10 @@ class Layout(NamedTuple):
     draws: int
     num_segments: int
     direct: bool
+    batches: int
+    antithetic: bool
+    hessian_batch: int | None
+    reference_batch: int | None
 
     @property
     def length(self) -> int:
@@ -123,13 +127,13 @@ def _start(
         buffer=buffer,
         alive=jnp.asarray(True),
         sums={
-            name: jnp.zeros((plan.batches, rows, *losses.shape), losses.dtype)
+            name: jnp.zeros((layout.batches, rows, *losses.shape), losses.dtype)
             for name, losses in problem.probe_baseline.items()
         },
-        counts=jnp.zeros(plan.batches, dtype),
+        counts=jnp.zeros(layout.batches, dtype),
         trace=jnp.full((plan.num_draws, rows), jnp.nan, dtype),
-        growth=jnp.zeros(rows, dtype),
-        truncated=jnp.zeros(rows, dtype),
+        growth=jnp.zeros((layout.num_segments, rows), dtype),
+        truncated=jnp.zeros((layout.num_segments, rows), bool),
         remainder=jnp.zeros(rows, dtype),
         tail=jnp.zeros((rows, layout.tail_blocks), dtype),
     )
@@ -156,7 +160,6 @@ def _segment(
     growth_limit: Any,
     chain: AdjointChain,
     key: Key[Array, ""],
-    shared_key: Key[Array, ""],
     index: Array,
 ) -> AdjointChain:
     """Run one segment forwards and sweep it backwards."""
@@ -174,10 +177,10 @@ def _segment(
     states = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), chain.buffer, states)
     remainder, values, total, sweep, tail = _sweep_back(
         posterior, sampler, plan, problem, layout, growth_limit, states, state, stop,
-        streams.step, jax.random.fold_in(shared_key, index),
+        streams.step, jax.random.fold_in(streams.record, index),
     )  # fmt: skip
     alive = chain.alive & all_finite((position_of(state), values, total))
-    batch = batch_of(index, layout.num_segments, plan.batches)
+    batch = batch_of(index, layout.num_segments, layout.batches)
 
     def keep(new: Array, old: Array | float) -> Array:
         return jnp.where(alive, new, old)
@@ -193,8 +196,8 @@ def _segment(
         trace=jax.lax.dynamic_update_slice_in_dim(
             chain.trace, keep(values, jnp.nan), index * layout.draws, 0
         ),
-        growth=jnp.maximum(chain.growth, keep(sweep.growth, 0.0)),
-        truncated=chain.truncated + keep(~sweep.whole, 0.0) / layout.num_segments,
+        growth=chain.growth.at[index].set(keep(sweep.growth, 0.0)),
+        truncated=chain.truncated.at[index].set(~sweep.whole & alive),
         remainder=chain.remainder + keep(remainder, 0.0) / layout.num_segments,
         tail=chain.tail + keep(tail, 0.0) / layout.num_segments,
     )
@@ -211,7 +214,7 @@ def _sweep_back(
     last: PyTree[Array],
     stop: Array,
     step_key: Key[Array, ""],
-    shared_key: Key[Array, ""],
+    choice_key: Key[Array, ""],
 ) -> tuple[Array, Array, dict[str, Array], _Sweep, Array]:
     """The adjoint of the draws in the buffer, and what it says of every probe."""
     given = sampler(GivenGradient(posterior))
@@ -234,10 +237,18 @@ def _sweep_back(
         key = jax.random.fold_in(step_key, t)
         batch_key, noise_key = jax.random.split(key)
         minibatch = posterior.minibatch(batch_key, plan.batch_size)
+        # H from some of the step's samples, which is H_B on average whatever the chain did.
+        # (The first samples of a mini-batch are a random part of it; all the data are not.)
+        size = layout.hessian_batch
+        if size is None:
+            part = minibatch
+        elif plan.batch_size is None:
+            part = posterior.minibatch(jax.random.fold_in(batch_key, 1), size)
+        else:
+            part = jax.tree.map(lambda x: x[:size], minibatch)
         floats = floats_of(state)
-        gradient, hessian = jax.linearize(
-            lambda w: posterior.loss_gradient(w, minibatch), position_of(state)
-        )
+        gradient = posterior.loss_gradient(position_of(state), minibatch)
+        _, hessian = jax.linearize(lambda w: posterior.loss_gradient(w, part), position_of(state))
 
         def move(leaves: list[Array], gradient: Position) -> list[Array]:
             return floats_of(given.step(noise_key, floats.rebuild(leaves), gradient)).leaves
@@ -261,7 +272,7 @@ def _sweep_back(
         )(adjoint)
 
     def block(sweep: _Sweep, x: Any) -> tuple[_Sweep, tuple[Array, Array]]:
-        states, times, draw_after, chosen = x
+        states, times, draw_after, chosen, index = x
 
         def add_source(sweep: _Sweep) -> tuple[_Sweep, Array]:
             values, gradients = source(sweep.after)
@@ -297,8 +308,12 @@ def _sweep_back(
         push = jax.tree.map(lambda leaf: _rowwise(whole, leaf, 0.0), push)
 
         def columns(position: Position) -> dict[str, Array]:
-            excess = problem.excess_reference(posterior, position)
-            return problem.columns(posterior, position, excess)
+            if layout.reference_batch is None:
+                return problem.columns(posterior, position)[1]
+            # L of fresh samples, without bias: λ does not depend on them.
+            reference_key = jax.random.fold_in(choice_key, 1 + index)
+            minibatch = posterior.minibatch(reference_key, layout.reference_batch)
+            return problem.columns(posterior, position, posterior.loss(position, minibatch))[1]
 
         level, differential = jax.linearize(columns, position)
         scale = layout.every / posterior.nbeta
@@ -319,9 +334,12 @@ def _sweep_back(
     shape = (layout.blocks, layout.every)
     block_ends = layout.every * (1 + jnp.arange(layout.blocks))
     after_window = block_ends - layout.window
-    # A step of each block, the same for all chains: a shared choice keeps the program free of
-    # branches that differ from chain to chain, and chains still have noise of their own.
-    chosen = jax.random.randint(shared_key, (layout.blocks,), 0, layout.every)
+    # A step of each block; a twin takes the opposite one, and what is linear in the step cancels.
+    chosen = jax.random.randint(
+        jax.random.fold_in(choice_key, 0), (layout.blocks,), 0, layout.every
+    )
+    if posterior.mirror is not None:
+        chosen = jnp.where(posterior.mirror < 0, layout.every - 1 - chosen, chosen)
     sweep = _Sweep(
         adjoint=[jnp.zeros((num_rows, *leaf.shape), leaf.dtype) for leaf in floats_of_last.leaves],
         after=last,
@@ -342,6 +360,7 @@ def _sweep_back(
             (stop - layout.length + jnp.arange(layout.length)).reshape(shape),
             (after_window >= 0) & (after_window % layout.thin == 0),
             chosen,
+            jnp.arange(layout.blocks),
         ),
         reverse=True,
     )
@@ -361,19 +380,17 @@ def _rowwise(keep: Array, leaf: Array, other: float) -> Array:
 @partial(jax.jit, static_argnames=("plan", "layout"))
 def _start_all(posterior, restrictions, sampler, problem, keys, plan, layout):  # type: ignore[no-untyped-def]
     start = lambda p, key: _start(p, sampler, plan, problem, layout, key)  # noqa: E731
-    return over_chains(start, posterior, restrictions)(keys)
+    return over_chains(start, posterior, restrictions, layout.antithetic)(keys)
 
 
 @partial(jax.jit, static_argnames=("plan", "layout"))
 def _segment_all(  # type: ignore[no-untyped-def]
-    posterior, restrictions, sampler, problem, growth_limit, chains, keys, key, index, plan, layout
+    posterior, restrictions, sampler, problem, growth_limit, chains, keys, index, plan, layout
 ):
     def segment(p: Posterior, chain: AdjointChain, chain_key: Key[Array, ""]) -> AdjointChain:
-        return _segment(
-            p, sampler, plan, problem, layout, growth_limit, chain, chain_key, key, index
-        )
+        return _segment(p, sampler, plan, problem, layout, growth_limit, chain, chain_key, index)
 
-    return over_chains(segment, posterior, restrictions)(chains, keys)
+    return over_chains(segment, posterior, restrictions, layout.antithetic)(chains, keys)
 
 
 def run_adjoint(
@@ -388,9 +405,7 @@ def run_adjoint(
     progress: bool,
 ) -> AdjointChain:
     """All chains of a group of components."""
-    keys = chain_keys(key, group.ids, plan.num_chains)
-    # Chains fold in small numbers; the shared choices of steps take the largest.
-    shared = jax.random.fold_in(key, 2**32 - 1)
+    keys = chain_keys(key, group.ids, plan.num_chains, layout.antithetic)
     chains = _start_all(posterior, group.restrictions, sampler, problem, keys, plan, layout)
     show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
     label = f"pathwise χ {group.label}".strip()
@@ -400,7 +415,7 @@ def run_adjoint(
         for index in range(layout.num_segments):
             chains = _segment_all(
                 posterior, group.restrictions, sampler, problem, growth_limit, chains, keys,
-                shared, jnp.asarray(index, jnp.int32), plan, layout,
+                jnp.asarray(index, jnp.int32), plan, layout,
             )  # fmt: skip
             if show:
                 jax.block_until_ready(chains)

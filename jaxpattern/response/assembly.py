@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response
-from jaxpattern.sampling import Plan
 
 
 class Part(NamedTuple):
@@ -31,15 +30,32 @@ def summarize_rows(
     trace: Float[Array, "chains draws rows"],
     alive: Bool[Array, " chains"],
     problem: Problem,
-    plan: Plan,
+    num_batches: int,
+    antithetic: bool = False,
 ) -> Summary:
     """⟨φ⟩ of each row with its diagnostics, from the trace of φ − φ(w*)."""
     rows = [
-        summarize(trace[:, :, k], num_batches=plan.batches, alive=alive)
+        summarize(trace[:, :, k], num_batches=num_batches, alive=alive)
         for k in range(problem.num_rows)
     ]
     summary = jax.tree.map(lambda *values: jnp.stack(values), *rows)
+    if antithetic:
+        # Twins are no independent chains: the error is that of the means of pairs.
+        values = join_twins(jnp.where(alive[:, None, None], trace, 0.0))
+        number = join_twins(alive)
+        means = values / jnp.maximum(number, 1)[:, None, None]
+        stderr = [
+            summarize(means[:, :, k], num_batches=num_batches, alive=number > 0).stderr
+            for k in range(problem.num_rows)
+        ]
+        summary = summary._replace(stderr=jnp.stack(stderr))
     return summary._replace(mean=summary.mean + problem.offsets)
+
+
+def join_twins(values: Shaped[Array, "chains ..."]) -> Shaped[Array, "pairs ..."]:
+    """Sums over mirrored twins, chains 2c and 2c + 1; an odd last chain stands alone."""
+    values = jnp.concatenate([values, jnp.zeros_like(values[: values.shape[0] % 2])])
+    return values.reshape(-1, 2, *values.shape[1:]).sum(axis=1)
 
 
 class BatchEstimates(NamedTuple):
@@ -55,12 +71,19 @@ def batch_estimates(
     sums: dict[str, Float[Array, "chains batches rows *columns"]],
     counts: Float[Array, "chains batches"],
     alive: Bool[Array, " chains"],
+    antithetic: bool = False,
 ) -> BatchEstimates:
     """Mean of a quantity summed over the draws of each batch, and the spread of the batches.
 
     χ̂ = Σ_g n_g x_g / n and Var χ̂ = Σ_g (n_g/n)² (x_g − χ̂)² G/(G − 1) over the G batches of the
-    chains that are alive.
+    chains that are alive; with `antithetic`, of the pairs.
     """
+    if antithetic:
+        sums = jax.tree.map(
+            lambda x: join_twins(jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)), sums
+        )
+        counts = join_twins(jnp.where(alive[:, None], counts, 0.0))
+        alive = join_twins(alive) > 0
     weight = jnp.repeat(alive, counts.shape[1])
     counts = (counts * alive[:, None]).reshape(-1)
     share = counts / jnp.sum(counts)

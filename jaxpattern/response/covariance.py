@@ -109,9 +109,8 @@ class _CoMoments:
     ) -> tuple[Float[Array, " rows"], dict[str, Float[Array, "..."]]]:
         del key, plan
         position = position_of(state)
-        excess = self.problem.excess_reference(posterior, position)
-        rows = self.problem.rows(posterior, position, excess)
-        return rows, self.problem.columns(posterior, position, excess)
+        excess, columns = self.problem.columns(posterior, position)
+        return self.problem.rows(posterior, position, excess), columns
 
     def update(
         self,
@@ -170,7 +169,7 @@ def _summarize_component(
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pooled)
     weight = jnp.repeat(alive, plan.batches)
     chi, stderr, halves, batches = _estimate(flat, weight, problem.offsets, means, direct)
-    summary = summarize_rows(trace, alive, problem, plan)
+    summary = summarize_rows(trace, alive, problem, plan.batches)
     return Part(chi, stderr, halves, batches, summary, ~alive, {})
 
 

@@ -41,7 +41,8 @@ class PrincipalDirections:
         scale: standard deviation of each row of χ over the samples, `[K]`.
         variance: variance of the coordinates, `[D]`; K over all directions together.
         explained: share of the variance, `[D]`.
-        noise_share: share of each row's variance that its standard errors account for, `[K]`.
+        noise_share: share of each row's variance that its standard errors account for, `[K]`. A
+            row that is nearly all noise takes a direction for itself; better leave it out.
         noise_variance: variance that the standard errors alone would give the coordinates,
             `[D]`: Σ_i v_ki² noise_share_i. The rows' noise is taken as independent, which it is
             for components with chains of their own. A direction whose variance is near it is

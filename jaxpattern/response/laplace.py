@@ -113,15 +113,14 @@ def _laplace(
         return x, left / jnp.maximum(optax.tree.norm(v), 1e-30)
 
     def columns(position: Position) -> dict[str, Array]:
-        return problem.columns(posterior, position, problem.excess_reference(posterior, position))
+        return problem.columns(posterior, position)[1]
 
     def along(v: Position) -> dict[str, Array]:
         return jax.jvp(columns, (centre,), (v,))[1]
 
     def row(k: Array) -> tuple[dict[str, Array], Array]:
         def phi(position: Position) -> Array:
-            excess = problem.excess_reference(posterior, position)
-            return problem.rows(posterior, position, excess)[k]
+            return problem.rows_at(posterior, position)[k]
 
         slope = jax.grad(phi)
         direction, residual = solve(slope(centre))

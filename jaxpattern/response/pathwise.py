@@ -33,6 +33,16 @@ noise is their full size however weakly they are related. The path derivative ho
 fixed and measures the relation itself; where φ and ℓ are linear on the scale of the posterior it
 has no noise at all. It is the derivative of what the chain computes, mini-batch noise included.
 
+**Antithetic pairs.** To first order in the noise the estimate at a draw is off by a linear function
+of ξ. A twin chain that is given −ξ is off by the negative of it, and the mean of the two keeps only
+what is even in ξ (Hammersley & Morton 1956). Both follow the same law, so nothing else changes;
+a covariance gains nothing from it, being even in ξ to begin with.
+
+**Part of the curvature.** λ_t is linear in each H_t alone. An H_t from a random part of the
+mini-batch, chosen independently of the chain, has the mean H_t whatever the chain did, so that the
+mean of the estimate is still exactly the derivative of the chain. Where γ outweighs nβ H this
+costs little variance and saves most of a Hessian-vector product.
+
 **Windows.** λ dies out as (1 − εP/2)^k in a direction of precision P = nβ h + γ, so `window` steps
 behind each draw suffice. Draws are taken `thin` steps apart and *segments* of several draws share
 one backward sweep (λ is linear: ∂φ/∂s is added as the sweep passes a draw). Memory is the states
@@ -47,8 +57,16 @@ contracting chain could reach, the sum of the ‖∇φ‖ that were added; past 
 the sweep is cut there, and counted in `diagnostics["truncated"]`, or the component is measured by
 covariance instead.
 
-The preconditioner of `rmsprop_sgld` is differentiated with the rest: its running mean is part of
-the state. A Metropolis step is not a smooth function of h, so `mala` has no pathwise derivative.
+**What it needs.** ∇ℓ must be continuous in w, or the path jumps where the derivative does not look:
+a ReLU's kinks carry curvature that no Hessian-vector product sees. That part is missing from λ; on
+ReLU regressions of eight units χ was off by up to a fifth of its root mean square (nβ = 300,
+γ = 30; less where γ outweighs nβ H). GELU, SiLU, softmax and tanh have no such part. A Metropolis
+step is not a smooth function of h, so `mala` has no pathwise derivative. The preconditioner of
+`rmsprop_sgld` is differentiated with the rest: its running mean is part of the state.
+
+**With covariance?** The best linear combination of the two estimators on the same chains had
+0.99–1.00 of the squared error of the pathwise one alone (`benchmarks/pathwise.py`), so none is
+offered.
 """
 
 from __future__ import annotations
@@ -57,6 +75,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -70,16 +89,21 @@ from jaxpattern.response.covariance import covariance
 from jaxpattern.response.problem import ComponentGroup, Estimator, Problem, check_direct
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.tangent import tangent_cost, tangent_response
+from jaxpattern.restriction import Restriction
 from jaxpattern.samplers import relaxation_steps
 from jaxpattern.sampling import (
     Plan,
     build_kernel,
     check_alive,
 )
+from jaxpattern.types import Position
 from jaxpattern.validation import check_count, check_number, is_concrete
 
 _WINDOW_RELAXATIONS = 6
-_SEGMENT_WINDOWS = 2
+_SEGMENT_WINDOWS = 4
+_SEGMENT_BYTES = 2**30
+_LEAST_BATCHES = 4
+_HESSIAN_SHARE = 4
 
 
 class GrowthWarning(UserWarning):
@@ -90,6 +114,8 @@ def pathwise(
     *,
     window: int | None = None,
     every: int | None = None,
+    antithetic: bool = True,
+    hessian_batch: int | None = None,
     growth_limit: float = 10.0,
     on_growth: Literal["truncate", "covariance"] = "truncate",
     mode: Literal["adjoint", "tangent", "auto"] = "adjoint",
@@ -99,23 +125,28 @@ def pathwise(
     """The pathwise estimator of χ: nβ χ_z = E Σ_t ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, c_t the chain's adjoint.
 
     It is the derivative of the chain itself; the module's docstring derives it. Estimates of draws
-    whose windows overlap are correlated: standard errors are too small unless the plan's batches of
-    draws are several windows long, and a few draws a batch share no sweep and cost the most. Its
-    `diagnostics` have a leading row axis:
+    whose windows overlap are correlated, so standard errors come from batches of draws of at least
+    a window each: no more than `plan.batches` of them a chain, and fewer in a short chain, but four
+    in all. Its `diagnostics` have a leading row axis:
 
     * `"tail"`, `[K, blocks]`: root mean square over the columns of what each block of steps before
       the first draw of a segment adds to χ, over that of χ; the last entries say what the window
       cuts off.
     * `"remainder"`, `[K]`: mean of ‖λ‖ at the end of the window over ‖λ‖ at the draw.
-    * `"growth"`, `[K, chains]`: largest ‖λ‖ over the sum of the ‖∇φ‖ put into it. A contracting
-      chain stays below 1.
-    * `"truncated"`, `[K, chains]`: share of the chain's segments that were cut for growth.
+    * `"growth"`, `[K, chains, segments]`: largest ‖λ‖ over the sum of the ‖∇φ‖ put into it, by
+      segment of consecutive draws, all equally many. A contracting chain stays below 1.
+    * `"truncated"`, `[K, chains, segments]`: whether the sweep was cut there for growth.
 
     Args:
         window: steps behind each draw. By default six relaxation times of the sampler in flat
             directions, 2/(εγ) for SGLD.
         every: p, steps for each evaluation of the probes; the nearest divisor of `plan.thin` is
             taken. By default half a relaxation time.
+        antithetic: chains 2c and 2c + 1 are mirrored twins, which share their noise with opposite
+            signs. A pair counts as one chain for standard errors; an odd last chain has no twin.
+        hessian_batch: samples of each step's mini-batch (fresh ones of the data where the plan has
+            no mini-batches) behind its Hessian-vector product; at least `plan.batch_size` is all
+            of them. By default a quarter. Adjoint mode only.
         growth_limit: how far past what a contracting chain could reach the adjoint may grow.
         on_growth: `"truncate"` cuts the sweep there and says so; `"covariance"` measures a
             component in which that happened by `covariance()` instead, on chains of the same key.
@@ -134,8 +165,10 @@ def pathwise(
         ValueError, TypeError: an argument does not fit.
 
     References:
-        Glasserman 1991; Assaraf, Jourdain, Lelièvre & Roux 2018.
+        Glasserman 1991; Assaraf, Jourdain, Lelièvre & Roux 2018; Hammersley & Morton 1956.
     """
+    if hessian_batch is not None:
+        check_count("hessian_batch", hessian_batch, minimum=1)
     for name, value in (("window", window), ("every", every)):
         if value is not None:
             check_count(name, value, minimum=1)
@@ -169,12 +202,16 @@ def pathwise(
         components = len(rows) // problem.num_rows
         forwards = tangent_cost(posterior, plan, problem, probe_batch, components)
         if mode != "tangent":
-            layout = _layout(posterior, sampler, plan, window, every, direct)
+            layout = _layout(
+                posterior, sampler, plan, problem, groups, window, every, antithetic, hessian_batch,
+                direct,
+            )  # fmt: skip
             cost = _cost(posterior, plan, problem, layout, components)
         if mode == "tangent" or (mode == "auto" and forwards < cost):
             return tangent_response(
-                key, posterior, sampler, plan, problem, groups, rows, probe_batch, progress
-            )
+                key, posterior, sampler, plan, problem, groups, rows, probe_batch, antithetic,
+                progress,
+            )  # fmt: skip
         parts: dict[int, Part] = {}
         for group in groups:
             chains = run_adjoint(
@@ -186,7 +223,7 @@ def pathwise(
                 parts[index] = _summarize_component(chain, problem, plan, layout)
         name = f"pathwise (adjoint, window {layout.window}, every {layout.every})"
         response = assemble(parts, posterior, problem, rows, cost, name)
-        grown = response.diagnostics["truncated"].max(axis=1) > 0
+        grown = response.diagnostics["truncated"].any(axis=(1, 2))
         if is_concrete(grown) and bool(grown.any()):
             names = [row for row, bad in zip(rows, grown, strict=True) if bad]
             consequence = (
@@ -214,8 +251,12 @@ def _layout(
     posterior: Posterior,
     sampler: Any,
     plan: Plan,
+    problem: Problem,
+    groups: list[ComponentGroup],
     window: int | None,
     every: int | None,
+    antithetic: bool,
+    hessian_batch: int | None,
     direct: bool,
 ) -> Layout:
     """Window and probe spacing from the relaxation time, where they are not given."""
@@ -233,29 +274,56 @@ def _layout(
     divisors = [p for p in range(1, plan.thin + 1) if plan.thin % p == 0]
     every = min(divisors, key=lambda p: abs(math.log(p / wanted)))
     window = -(-window // every) * every
-    # About two windows of draws share a sweep; segments are equal, and fill the batches evenly.
-    wanted = max(1, _SEGMENT_WINDOWS * window // plan.thin)
-    most = max(1, plan.num_draws // plan.batches)
+    # Batches of at least a window, but some in all: one spread needs more than one number.
+    chains = -(-plan.num_chains // 2) if antithetic else plan.num_chains
+    whole_windows = plan.num_draws * plan.thin // window
+    least = min(-(-_LEAST_BATCHES // chains), plan.num_draws)
+    batches = min(plan.batches, max(whole_windows, least))
+    # Several windows of draws share a sweep, as far as the states fit in memory; segments are
+    # equal, and fill the batches evenly.
+    states = _SEGMENT_BYTES // (plan.num_chains * max(_bytes(posterior, g) for g in groups))
+    wanted = max(1, min(_SEGMENT_WINDOWS * window, states - window) // plan.thin)
+    most = max(1, plan.num_draws // batches)
     draws = max(
         m
         for m in range(1, plan.num_draws + 1)
         if plan.num_draws % m == 0 and m <= min(wanted, most)
     )
-    return Layout(window, every, plan.thin, draws, plan.num_draws // draws, direct)
+    batch = plan.batch_size or posterior.num_samples
+    part = hessian_batch or -(-batch // _HESSIAN_SHARE)
+    return Layout(
+        window, every, plan.thin, draws, plan.num_draws // draws, direct, batches, antithetic,
+        part if part < batch else None,
+        plan.batch_size if problem.reference_is_data and not direct else None,
+    )  # fmt: skip
+
+
+def _bytes(posterior: Posterior, group: ComponentGroup) -> int:
+    """Memory of the positions of all components of a group."""
+
+    def centre(restriction: Restriction) -> Position:
+        return replace(posterior, restriction=restriction).centre
+
+    positions = posterior.centre
+    if group.restrictions is not None:
+        positions = jax.eval_shape(jax.vmap(centre, axis_size=len(group.ids)), group.restrictions)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(positions))
 
 
 def _summarize_component(chain: AdjointChain, problem: Problem, plan: Plan, layout: Layout) -> Part:
     """χ of one component: means of the batches of its chains, and their spread."""
     alive = chain.alive
-    chi, stderr, halves, batches = batch_estimates(chain.sums, chain.counts, alive)
+    chi, stderr, halves, batches = batch_estimates(
+        chain.sums, chain.counts, alive, layout.antithetic
+    )
     lost = alive.sum()
     diagnostics = {
         "tail": jnp.sum(jnp.where(alive[:, None, None], chain.tail, 0.0), axis=0) / lost,
         "remainder": jnp.sum(jnp.where(alive[:, None], chain.remainder, 0.0), axis=0) / lost,
-        "growth": chain.growth.T,
-        "truncated": chain.truncated.T,
+        "growth": jnp.moveaxis(chain.growth, -1, 0),
+        "truncated": jnp.moveaxis(chain.truncated, -1, 0),
     }
-    summary = summarize_rows(chain.trace, alive, problem, plan)
+    summary = summarize_rows(chain.trace, alive, problem, layout.batches, layout.antithetic)
     return Part(chi, stderr, halves, batches, summary, ~alive, diagnostics)
 
 
@@ -270,12 +338,18 @@ def _choose(response: Response, other: Response, rows: Bool[Array, " rows"]) -> 
 
         return choose
 
+    def pad(batches: Array, length: int) -> Array:
+        """NaN stands for batches that the other estimator has more of."""
+        return jnp.pad(batches, ((0, length - len(batches)), (0, 0)), constant_values=jnp.nan)
+
+    length = max(len(x) for r in (response, other) for x in r.batches.values())
+    ours, theirs = (jax.tree.map(partial(pad, length=length), r.batches) for r in (response, other))
     return replace(
         response,
         chi=jax.tree.map(pick(0), response.chi, other.chi),
         stderr=jax.tree.map(pick(0), response.stderr, other.stderr),
         halves=jax.tree.map(pick(1), response.halves, other.halves),
-        batches=jax.tree.map(pick(1), response.batches, other.batches),
+        batches=jax.tree.map(pick(1), ours, theirs),
         cost=response.cost + other.cost,
     )
 
@@ -288,14 +362,14 @@ def _cost(
     rows = problem.num_rows
     batch = plan.batch_size or posterior.num_samples
     sweeps = layout.num_segments
-    probes = sum(losses.shape[0] for losses in problem.probe_baseline.values())
-    probes += problem.reference_baseline.shape[0]
+    reference = layout.reference_batch or problem.reference_samples
+    probes = problem.probe_samples + reference
     return (
         plan.num_chains
         * components
         * (
             plan.num_steps * batch
-            + sweeps * layout.length * batch * (1 + 2 * rows)
+            + sweeps * layout.length * (layout.hessian_batch or batch) * (1 + 2 * rows)
             + sweeps * layout.blocks * probes * (1 + 2 * rows) / 3
             + plan.num_draws * problem.observed_samples
         )

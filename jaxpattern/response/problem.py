@@ -27,6 +27,7 @@ class Problem:
 
     Everything is measured from w*: differences of losses are taken loss by loss before anything is
     averaged, so that float32 holds. Without observables the one row is the excess loss L − L(w*).
+    Where the reference is itself a probe set, `reference_probe` names it and its losses are shared.
     """
 
     observables: tuple[Callable[[Params], Float[Array, ""]], ...] | None
@@ -36,6 +37,8 @@ class Problem:
     reference: Minibatch
     reference_baseline: Losses
     chunk: int | None = field(metadata={"static": True})
+    reference_probe: str | None = field(default=None, metadata={"static": True})
+    reference_is_data: bool = field(default=False, metadata={"static": True})
 
     @property
     def num_rows(self) -> int:
@@ -47,8 +50,11 @@ class Problem:
         losses = losses_in_chunks(
             posterior.loss_fn, posterior.embed(position), self.reference.batch, self.chunk
         )
+        return self._mean_over_reference(losses - self.reference_baseline)
+
+    def _mean_over_reference(self, deviations: Losses) -> Float[Array, ""]:
         weights = self.reference.weights
-        return jnp.sum(weights * (losses - self.reference_baseline)) / weights.shape[0]
+        return jnp.sum(weights * deviations) / weights.shape[0]
 
     def rows(
         self, posterior: Posterior, position: Position, excess: Float[Array, ""]
@@ -70,16 +76,22 @@ class Problem:
         return self.rows(posterior, position, excess)
 
     def columns(
-        self, posterior: Posterior, position: Position, excess: Float[Array, ""]
-    ) -> dict[str, Float[Array, "..."]]:
-        """D_z(w) − D_z(w*) with D_z = ℓ_z − L, given L(w) − L(w*)."""
+        self, posterior: Posterior, position: Position, excess: Float[Array, ""] | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
+        """L(w) − L(w*), unless it is given, and D_z(w) − D_z(w*) with D_z = ℓ_z − L."""
         params = posterior.embed(position)
-        return {
+        deviations = {
             name: losses_in_chunks(posterior.loss_fn, params, batch, self.chunk)
             - self.probe_baseline[name]
-            - excess
             for name, batch in self.probes.items()
         }
+        if excess is None:
+            name = self.reference_probe
+            if name is None:
+                excess = self.excess_reference(posterior, position)
+            else:
+                excess = self._mean_over_reference(deviations[name])
+        return excess, {name: deviation - excess for name, deviation in deviations.items()}
 
     @property
     def observed_samples(self) -> int:
@@ -89,11 +101,20 @@ class Problem:
         return sum(getattr(phi, "num_samples", 0) for phi in self.observables)
 
     @property
+    def probe_samples(self) -> int:
+        """Samples of all probe sets."""
+        return sum(losses.shape[0] for losses in self.probe_baseline.values())
+
+    @property
+    def reference_samples(self) -> int:
+        """Samples behind L that are not passed forward as probes."""
+        return self.reference_baseline.shape[0] if self.reference_probe is None else 0
+
+    @property
     def forward_passes(self) -> int:
         """Samples passed forward at a draw of the covariance estimator."""
         observed = 0 if self.observables is None else self.observed_samples
-        probes = sum(losses.shape[0] for losses in self.probe_baseline.values())
-        return observed + probes + self.reference_baseline.shape[0]
+        return observed + self.probe_samples + self.reference_samples
 
 
 class ComponentGroup(NamedTuple):
@@ -153,6 +174,7 @@ def build_problem(
             jax.tree.map(jnp.asarray, reference),
             jnp.full(shape, size / jnp.size(jnp.zeros(shape)), dtype),
         )
+    same = [name for name, batch in probes.items() if batch is reference]
     probes = {name: jax.tree.map(jnp.asarray, batch) for name, batch in probes.items()}
     probe_baseline, reference_baseline = _baseline(
         posterior.loss_fn, chunk or 256, params, probes, minibatch.batch
@@ -169,6 +191,8 @@ def build_problem(
         reference=minibatch,
         reference_baseline=reference_baseline,
         chunk=chunk,
+        reference_probe=same[0] if same else None,
+        reference_is_data=reference is None,
     )
 
 

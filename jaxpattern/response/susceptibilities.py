@@ -9,9 +9,11 @@ from jaxtyping import Array, Key
 
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.covariance import covariance
+from jaxpattern.response.pathwise import pathwise
 from jaxpattern.response.problem import Estimator, build_problem, component_groups, named
 from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction
+from jaxpattern.samplers import relaxation_steps
 from jaxpattern.sampling import Plan, as_pytree_function, check_run
 from jaxpattern.types import Batch
 from jaxpattern.validation import check_function
@@ -43,11 +45,14 @@ def susceptibilities(
         probes: name → batch like the data; every loss in it is one column.
         observables: name → scalar function of the full weights. None, with components: each
             component's excess loss L(w) − L(w*).
-        estimator: `covariance(...)`, the default.
+        estimator: `pathwise(...)`, the default where the relaxation time of the sampler is known
+            (the samplers of this package but `mala`, with γ > 0), `covariance(...)`, the default
+            elsewhere, or `laplace(...)`.
         components: name → `Restriction`; each gets chains of its own with all other weights held
             at w*, and components of equal shape run as one vmapped program.
         reference: batch whose mean loss stands for L. None is the posterior's data with their
-            weights: exact, but a pass over all of them a draw.
+            weights: a pass over all of them a draw for covariances, a fresh mini-batch of
+            `plan.batch_size` for pathwise estimates, which stay unbiased.
         progress: show progress lines. Without them, and with an estimator that allows it, this is
             a pure function.
 
@@ -71,8 +76,9 @@ def susceptibilities(
     elif components is None:
         raise ValueError("observables must be given where there are no components")
     if estimator is None:
-        estimator = covariance()
-    wanted = "a function, such as jp.covariance() returns"
+        known = relaxation_steps(sampler, posterior) is not None
+        estimator = pathwise() if known else covariance()
+    wanted = "a function, such as jp.pathwise() returns"
     check_function("estimator", estimator, wanted, num_arguments=8)
     groups = component_groups(posterior, components)
     problem = build_problem(posterior, observables, named("probes", probes), reference, plan.chunk)

@@ -14,6 +14,7 @@ the data, which are drawn independently of the step's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -62,15 +63,18 @@ class TangentSampler:
 
         def tilt_gradient(key: Key[Array, ""], position: Position) -> Position:
             """∇(ℓ_g − L) of every group, `[G, ...]`."""
-            keys = jax.random.split(key, len(groups) + 1)
+            keys = jax.random.split(posterior.own_key(key), len(groups) + 1)
             reference = jax.grad(self._reference)(position, posterior, keys[0])
-            gradients = [
-                jax.grad(self._group)(position, posterior, batch, key)
-                for batch, key in zip(groups, keys[1:], strict=True)
-            ]
-            return jax.tree.map(
-                lambda base, *each: jnp.stack(each) - base[None], reference, *gradients
-            )
+            gradient = jax.grad(lambda w, batch: jnp.mean(posterior.losses(w, batch)))
+            batches = [self._part(batch, key) for batch, key in zip(groups, keys[1:], strict=True)]
+            shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
+            if all(shape == shapes[0] for shape in shapes):
+                stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
+                gradients = jax.vmap(partial(gradient, position))(stacked)
+            else:
+                each = [gradient(position, batch) for batch in batches]
+                gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+            return jax.tree.map(lambda g, base: g - base[None], gradients, reference)
 
         def step(key: Key[Array, ""], state: TangentState, minibatch: Minibatch) -> TangentState:
             # The step keeps the key it would have had: the chain is the plain sampler's.
@@ -100,15 +104,13 @@ class TangentSampler:
 
         return SamplingAlgorithm(init, step)
 
-    def _group(
-        self, position: Position, posterior: Posterior, batch: Any, key: Key[Array, ""]
-    ) -> Float[Array, ""]:
-        """The mean loss of a group, on `probe_batch` fresh samples of it."""
-        if self.probe_batch is not None:
-            size = jax.tree.leaves(batch)[0].shape[0]
-            index = jax.random.randint(key, (self.probe_batch,), 0, size)
-            batch = jax.tree.map(lambda x: x[index], batch)
-        return jnp.mean(posterior.losses(position, batch))
+    def _part(self, batch: Any, key: Key[Array, ""]) -> Any:
+        """`probe_batch` fresh samples of a group."""
+        if self.probe_batch is None:
+            return batch
+        size = jax.tree.leaves(batch)[0].shape[0]
+        index = jax.random.randint(key, (self.probe_batch,), 0, size)
+        return jax.tree.map(lambda x: x[index], batch)
 
     def _reference(
         self, position: Position, posterior: Posterior, key: Key[Array, ""]
@@ -184,6 +186,7 @@ def tangent_response(
     groups: list[ComponentGroup],
     rows: tuple[str, ...],
     probe_batch: int | None,
+    antithetic: bool,
     progress: bool,
 ) -> Response:
     """The data-mixture response: a column a probe set, of all observables at once."""
@@ -198,6 +201,7 @@ def tangent_response(
             TangentRecorder(problem),
             restrictions=group.restrictions,
             component_ids=group.ids,
+            antithetic=antithetic,
             label=f"tangent χ {group.label}".strip(),
             progress=progress,
         )
@@ -206,8 +210,8 @@ def tangent_response(
             chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
             total = chain.accumulator
             sums = {name: total.sums[..., g] for g, name in enumerate(sorted(problem.probes))}
-            estimates = batch_estimates(sums, total.counts, chain.alive)
-            summary = summarize_rows(total.trace, chain.alive, problem, plan)
+            estimates = batch_estimates(sums, total.counts, chain.alive, antithetic)
+            summary = summarize_rows(total.trace, chain.alive, problem, plan.batches, antithetic)
             parts[index] = Part(*estimates, summary, ~chain.alive, {})
     cost = tangent_cost(posterior, plan, problem, probe_batch, len(parts))
     return assemble(parts, posterior, problem, rows, cost, "pathwise (tangent)", grouped=True)
