@@ -252,8 +252,9 @@ def load_data(store: Store, settings: Settings) -> dict[str, np.ndarray]:
         }
 
     data = store.stage("data", compute)
-    print(f"   {data['train'].shape[0]} windows of {data['train'].shape[1]} tokens to train on, the")
-    print(f"   {data['share']:.0%} in which copying pays most, and {len(data['held_out'])} held out")
+    count, length = data["train"].shape
+    print(f"   {count} windows of {length} tokens to train on, the {data['share']:.0%} in which")
+    print(f"   copying pays most, and {len(data['held_out'])} held out")
     return data
 
 
@@ -352,24 +353,23 @@ def measure_probes(store: Store, lab: Lab, params: Any) -> jp.Response:
     settings, rows = lab.settings, tuple(heads_of(params))
     order = np.random.default_rng(1).permutation(settings.windows)
     probes = order[: settings.probe_windows]
+    by_probe = ("chi", "stderr", "halves", "batches")
+    by_row = ("mean", "mean_stderr", "rhat", "ess", "diverged")
 
     def measure() -> dict[str, Any]:
         response = susceptibilities(
             lab, params, settings.probe_plan, settings.window, lab.train[probes]
         )
-        fields = ("chi", "stderr", "halves", "batches")
-        found = {name: getattr(response, name)["tokens"] for name in fields}
-        for name in ("mean", "mean_stderr", "rhat", "ess", "diverged"):
-            found[name] = getattr(response, name)
-        return found
+        found = {name: getattr(response, name)["tokens"] for name in by_probe}
+        return found | {name: getattr(response, name) for name in by_row}
 
     kept = store.stage("response", measure)
     chi = kept["chi"]
     return jp.Response(
         rows=rows, nbeta=jnp.float32(settings.nbeta), cost=0.0, num_samples=chi[0].size,
         mass={"tokens": jnp.full(chi.shape[1:], 1 / chi[0].size)},
-        **{name: {"tokens": jnp.asarray(kept[name])} for name in ("chi", "stderr", "halves", "batches")},
-        **{name: jnp.asarray(kept[name]) for name in ("mean", "mean_stderr", "rhat", "ess", "diverged")},
+        **{name: {"tokens": jnp.asarray(kept[name])} for name in by_probe},
+        **{name: jnp.asarray(kept[name]) for name in by_row},
         diagnostics={"windows": jnp.asarray(probes)},
     )  # fmt: skip
 
@@ -402,7 +402,7 @@ def area(score: np.ndarray, member: np.ndarray) -> float:
     return float((rank[member].sum() - inside * (inside - 1) / 2) / (inside * outside))
 
 
-def print_directions(lab: Lab, response: jp.Response) -> tuple[np.ndarray, np.ndarray]:
+def print_directions(lab: Lab, response: jp.Response) -> list[np.ndarray]:
     """The directions, and the loadings of the two that are taken, by a rule without labels.
 
     Taken is the direction of most variance on which two halves of the draws agree, and as a second
@@ -428,7 +428,7 @@ def print_directions(lab: Lab, response: jp.Response) -> tuple[np.ndarray, np.nd
             reliable.append(k)
     order = [*reliable, *(k for k in range(len(directions.loadings)) if k not in reliable)]
     print(f"   Taken: direction {order[0] + 1}, the strongest with an agreement above {RELIABLE}.")
-    return tuple(-np.asarray(directions.loadings)[k] for k in order[:2])
+    return [-np.asarray(directions.loadings)[k] for k in order[:2]]
 
 
 def print_extremes(lab: Lab, probes: np.ndarray, score: np.ndarray, count: int = 6) -> None:
@@ -602,7 +602,8 @@ def at_share(score: np.ndarray, share: float) -> np.ndarray:
     low, high = 0.0, 100.0
     for _ in range(40):
         alpha = (low + high) / 2
-        low, high = (alpha, high) if sample_share(normalised(1 + alpha * score)) > share else (low, alpha)
+        enough = sample_share(normalised(1 + alpha * score)) > share
+        low, high = (alpha, high) if enough else (low, alpha)
     return normalised(1 + low * score)
 
 
@@ -699,7 +700,7 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
 def summarise(
     lab: Lab, arms: dict[str, np.ndarray | None], curves: dict[str, dict[str, np.ndarray]]
 ) -> dict[str, Any]:
-    """Formation steps, their ratios to the unweighted run of the seed, and tests against controls."""
+    """Formation steps, their ratios to the unweighted run of the seed, and tests."""
 
     def steps_of(arm: str) -> np.ndarray:
         pairs = zip(curves[arm]["step"], curves[arm]["prefix"], strict=True)
