@@ -38,7 +38,8 @@ from jaxpattern.data import subwords, text
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
 
 FORMED = 0.3  # the prefix-matching score of the best head from which the circuit counts as formed
-RELIABLE = 0.8  # the agreement of two halves from which a direction is taken for more than noise
+RELIABLE = 0.5  # the agreement of two halves from which a direction is taken for more than noise
+DOSE = 0.8  # α of the weights exp(α s); the arms called half have half of it
 FIRST_SEED = 100  # of the retraining; the base model has seed 0
 
 
@@ -56,20 +57,20 @@ class Settings(NamedTuple):
     base_steps: int = 1200
     steps: int = 1000
     record_every: int = 10
-    # Where along the base run the response is measured: in the window in which structure forms.
-    measure_at: int = 450
+    # Where along the base run the response is measured: when structure has formed.
+    measure_at: int = 800
     nbeta: float = 30.0
     localization: float = 20.0
     step_size: float = 1.5e-2
     probe_windows: int = 96
     reference_windows: int = 64
     probe_plan: jp.Plan = jp.Plan(
-        num_chains=1, num_burnin=40, num_draws=24, thin=5, num_batches=4, batch_size=8
+        num_chains=2, num_burnin=30, num_draws=12, thin=5, num_batches=2, batch_size=8
     )
     # Windows whose tokens are measured directly; the others are predicted from the model's states.
     measured_windows: int = 2048
     token_plan: jp.Plan = jp.Plan(
-        num_chains=1, num_burnin=40, num_draws=6, thin=5, num_batches=2, batch_size=8, chunk=64
+        num_chains=2, num_burnin=30, num_draws=12, thin=5, num_batches=2, batch_size=8, chunk=64
     )
     window: int = 20
     token_window: int = 10
@@ -84,7 +85,7 @@ SCALES = {
     "paper": Settings(
         model=TransformerConfig(5000, context=1024, num_layers=2, num_heads=8, d_model=256),
         sources=text.SOURCES, windows=6_000, learning_rate=1e-3, batch_size=100,
-        base_steps=50_000, steps=50_000, record_every=500, measure_at=15_000,
+        base_steps=50_000, steps=50_000, record_every=500, measure_at=30_000,
         localization=300.0, step_size=1e-3, probe_windows=5, reference_windows=32,
         probe_plan=jp.Plan(
             num_chains=4, num_burnin=100, num_draws=200, thin=5, batch_size=16, chunk=32
@@ -100,20 +101,21 @@ SCALES = {
         max_bytes=60_000, windows=64, batch_size=8, base_steps=20, steps=20, measure_at=20,
         probe_windows=8, reference_windows=8,
         probe_plan=jp.Plan(
-            num_chains=1, num_burnin=4, num_draws=4, thin=2, num_batches=2, batch_size=4
+            num_chains=2, num_burnin=4, num_draws=4, thin=2, num_batches=2, batch_size=4
         ),
         measured_windows=32,
         token_plan=jp.Plan(
-            num_chains=1, num_burnin=4, num_draws=2, thin=2, num_batches=2, batch_size=4, chunk=16
+            num_chains=2, num_burnin=4, num_draws=4, thin=2, num_batches=2, batch_size=4, chunk=16
         ),
         window=4, token_window=4, spacing=2, eval_windows=8, eval_sequences=8, seeds=2,
     ),
 }  # fmt: skip
 
 FEW = ("unweighted", "up", "down", "permuted up", "permuted down")
+CONTROLS = ("no landscape", "local noise")
 ARMS = (
     *FEW, "half up", "half down", "repeated bigram", "bigram loss - loss", "gzip", "gradient",
-    "second up", "second down",
+    *CONTROLS, "second up", "second down",
 )  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """All stages; returns what `report.json` holds."""
     args = parse(argv)
     settings = SCALES[args.scale]
-    store = Store(args.out, {"scale": args.scale, **settings._asdict(), "seeds": None})
+    store = Store(args.out, settings._asdict())
 
     store.title("a. text, cut into tokens and windows in which copying pays")
     data = load_data(store, settings)
@@ -134,10 +136,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     store.title("c. response matrix of the heads")
     params = lab.unpack(base["snapshots"][settings.measure_at // settings.record_every])
     response = measure_probes(store, lab, params)
-    first, second = print_directions(lab, response)
+    groups = print_directions(lab, response)
 
     store.title("d. weights for every token of the training set")
-    scores = score_tokens(store, lab, params, response, first, second, args.arms)
+    scores = score_tokens(store, lab, params, groups, args.arms)
     arms = build_arms(scores, args.arms)
     print_arms(lab, arms)
 
@@ -178,25 +180,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+# Which settings the arrays of a stage depend on.
+DATA = ("model", "sources", "max_bytes", "windows", "eval_windows")
+TRAINING = (*DATA, "learning_rate", "batch_size", "record_every", "eval_sequences")
+BASE = (*TRAINING, "base_steps")
+MEASURE = (*BASE, "measure_at", "reference_windows")
+SAMPLING = (*MEASURE, "nbeta", "localization", "step_size", "spacing")
+PROBES = (*SAMPLING, "probe_windows", "probe_plan", "window")
+TOKENS = (*SAMPLING, "measured_windows", "token_plan", "token_window")
+
+
 class Store:
-    """A folder with the arrays of each stage, kept for as long as the settings are the same."""
+    """A folder with the arrays of each stage, kept for as long as what they depend on is the same.
+
+    Code is not part of that: after a change of the program, take another folder.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder, self.start = folder, time.perf_counter()
+        self.folder, self.settings, self.start = folder, settings, time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
-        said = json.dumps(settings, default=lambda x: vars(x), sort_keys=True)
-        self.fingerprint = hashlib.sha256(f"{jp.__version__} {said}".encode()).hexdigest()
 
     def title(self, words: str) -> None:
         print(f"\n[{time.perf_counter() - self.start:5.0f} s] {words}", flush=True)
 
     def stage(
-        self, name: str, compute: Callable[[], dict[str, Any]], **depends: Any
+        self,
+        name: str,
+        fields: Sequence[str],
+        compute: Callable[[], dict[str, Any]],
+        **depends: Any,
     ) -> dict[str, np.ndarray]:
         """The arrays of a stage: read, if they were made with these settings, or computed."""
         array, note = (self.folder / f"{name}{suffix}" for suffix in (".npz", ".json"))
-        said = json.dumps(depends, sort_keys=True)
-        fingerprint = hashlib.sha256(f"{self.fingerprint} {said}".encode()).hexdigest()
+        settings = {field: self.settings[field] for field in fields}
+        said = json.dumps([jp.__version__, settings, depends], default=vars, sort_keys=True)
+        fingerprint = hashlib.sha256(said.encode()).hexdigest()
         if array.exists() and note.exists():
             if json.loads(note.read_text())["fingerprint"] == fingerprint:
                 with np.load(array) as stored:
@@ -251,7 +269,7 @@ def load_data(store: Store, settings: Settings) -> dict[str, np.ndarray]:
             "share": share,
         }
 
-    data = store.stage("data", compute)
+    data = store.stage("data", DATA, compute)
     count, length = data["train"].shape
     print(f"   {count} windows of {length} tokens to train on, the {data['share']:.0%} in which")
     print(f"   copying pays most, and {len(data['held_out'])} held out")
@@ -267,6 +285,7 @@ class Lab:
         self.optimizer = optax.adamw(settings.learning_rate)
         self.train = jnp.asarray(data["train"])
         self.texts = [str(word) for word in data["vocabulary"]]
+        self.decode = lambda tokens: "".join(self.texts[i] for i in tokens)
         self.bigram = data["bigram"]
         self.classes = subwords.token_classes(data["train"], self.texts)
         # A random choice that is fixed: files of one kind lie side by side.
@@ -323,7 +342,7 @@ def train_base(store: Store, lab: Lab) -> dict[str, np.ndarray]:
         key = jax.random.key(0)
         return lab.run(key, lab.settings.base_steps, watch=lab.watch_and_keep)[1]
 
-    return store.stage("base", compute)
+    return store.stage("base", BASE, compute)
 
 
 def formation(step: np.ndarray, prefix: np.ndarray) -> float:
@@ -358,12 +377,13 @@ def measure_probes(store: Store, lab: Lab, params: Any) -> jp.Response:
 
     def measure() -> dict[str, Any]:
         response = susceptibilities(
-            lab, params, settings.probe_plan, settings.window, lab.train[probes]
-        )
+            lab, params, heads_of(params), settings.probe_plan, settings.window,
+            lab.train[probes],
+        )  # fmt: skip
         found = {name: getattr(response, name)["tokens"] for name in by_probe}
         return found | {name: getattr(response, name) for name in by_row}
 
-    kept = store.stage("response", measure)
+    kept = store.stage("response", PROBES, measure)
     chi = kept["chi"]
     return jp.Response(
         rows=rows, nbeta=jnp.float32(settings.nbeta), cost=0.0, num_samples=chi[0].size,
@@ -375,9 +395,15 @@ def measure_probes(store: Store, lab: Lab, params: Any) -> jp.Response:
 
 
 def susceptibilities(
-    lab: Lab, params: Any, plan: jp.Plan, window: int, probes: jax.Array, **changes: float
+    lab: Lab,
+    params: Any,
+    components: dict[str, jp.Restriction],
+    plan: jp.Plan,
+    window: int,
+    probes: jax.Array,
+    **changes: float,
 ) -> jp.Response:
-    """χ of the heads, around these weights; `changes` are to nβ, γ and ε."""
+    """χ of the components around these weights; `changes` are to nβ, γ and ε."""
     settings = lab.settings._replace(**changes)
     posterior = jp.localized_posterior(
         lab.loss_fn, params, lab.train, nbeta=settings.nbeta, localization=settings.localization
@@ -386,7 +412,7 @@ def susceptibilities(
     return jp.susceptibilities(
         jax.random.key(1), posterior, jp.sgld(step_size=settings.step_size), plan,
         probes={"tokens": probes}, reference=lab.train[order[: settings.reference_windows]],
-        components=heads_of(params),
+        components=components,
         estimator=jp.pathwise(window=window, every=settings.spacing),
     )  # fmt: skip
 
@@ -402,101 +428,126 @@ def area(score: np.ndarray, member: np.ndarray) -> float:
     return float((rank[member].sum() - inside * (inside - 1) / 2) / (inside * outside))
 
 
-def print_directions(lab: Lab, response: jp.Response) -> list[np.ndarray]:
-    """The directions, and the loadings of the two that are taken, by a rule without labels.
+def print_directions(lab: Lab, response: jp.Response) -> list[tuple[str, ...]]:
+    """The directions, and the two groups of heads that one of them sets against each other.
 
-    Taken is the direction of most variance on which two halves of the draws agree, and as a second
-    the next one. The sign is that of protection: the score of a token is high if its loss rises
-    when the heads of largest loading are disturbed, so more weight on it lowers their excess loss.
+    The rule knows no labels. A direction on which all heads load alike says how much a token needs
+    heads at all. Taken is the strongest one that is not such, and on which two halves of the draws
+    agree: the signs of its loadings divide the heads into two groups that different tokens need.
     """
     directions = jp.principal_directions(response)
     probes = np.asarray(response.diagnostics["windows"])
-    print("   agreement: cosine of the coordinates from two halves of the draws")
-    print("   loadings: " + " ".join(f"{row:>5}" for row in directions.rows))
-    reliable = []
-    for k, loading in enumerate(np.asarray(directions.loadings)):
-        score = -np.asarray(directions.coordinates["tokens"][k])
-        agreement = float(directions.reliability[k])
-        print(
-            f"   {k + 1}.        {' '.join(f'{x:+5.2f}' for x in loading)}   "
-            f"{float(directions.explained[k]):4.0%} of the variance, agreement {agreement:.2f}"
-        )
-        areas = {name: area(score, member[probes]) for name, member in lab.classes.items()}
-        print("      AUC: " + ", ".join(f"{name} {value:.2f}" for name, value in areas.items()))
-        print_extremes(lab, probes, score)
-        if agreement > RELIABLE:
-            reliable.append(k)
-    order = [*reliable, *(k for k in range(len(directions.loadings)) if k not in reliable)]
-    print(f"   Taken: direction {order[0] + 1}, the strongest with an agreement above {RELIABLE}.")
-    return [-np.asarray(directions.loadings)[k] for k in order[:2]]
-
-
-def print_extremes(lab: Lab, probes: np.ndarray, score: np.ndarray, count: int = 6) -> None:
-    """The tokens of highest score, each after what precedes it."""
     tokens = np.asarray(lab.train)[probes]
-    shown = []
-    for index in np.argsort(-score, axis=None)[:count]:
-        row, t = np.unravel_index(index, score.shape)
-        before = "".join(lab.texts[i] for i in tokens[row, max(0, t - 3) : t + 1])
-        shown.append(f"{before!r}→{lab.texts[tokens[row, t + 1]]!r}")
-    print("      highest: " + "  ".join(shown))
+    print("   loadings   " + " ".join(f"{row:>5}" for row in directions.rows))
+    taken = None
+    for k, loading in enumerate(np.asarray(directions.loadings)):
+        agreement = float(directions.reliability[k])
+        mixed = 0.1 < float(np.sum(np.where(loading > 0, loading**2, 0.0))) < 0.9
+        if taken is None and mixed and agreement > RELIABLE:
+            taken = k
+        print(
+            f"   {k + 1:2}.        {' '.join(f'{x:+5.2f}' for x in loading)}   "
+            f"{float(directions.explained[k]):4.0%} of the variance, "
+            f"{float(directions.noise_variance[k] / directions.variance[k]):4.0%} of it noise, "
+            f"halves agree {agreement:.2f}{'' if mixed else ', all alike'}"
+        )
+        if k < 3:
+            score = np.asarray(directions.coordinates["tokens"][k])
+            print("      " + areas_of(lab, score, probes))
+            rows = jp.extreme_tokens(
+                score, tokens, decode=lab.decode, num=5, per_token=1, per_sequence=1
+            )
+            print("      " + jp.format_tokens(rows).replace("\n", "\n      "))
+    if taken is None:
+        print(
+            f"   No contrast of heads on which halves agree above {RELIABLE}: no more than noise."
+        )
+        taken = 1
+    print(f"   Taken: direction {taken + 1}, the strongest contrast with agreement > {RELIABLE}.")
+    loading = np.asarray(directions.loadings[taken])
+    groups = [
+        tuple(np.array(directions.rows)[side].tolist()) for side in (loading < 0, loading > 0)
+    ]
+    print(f"   It sets {', '.join(groups[0])} against {', '.join(groups[1])}.")
+    return groups
+
+
+def areas_of(lab: Lab, score: np.ndarray, windows: Any = slice(None)) -> str:
+    """How well a score tells each class of tokens from the others."""
+    areas = {name: area(score, member[windows]) for name, member in lab.classes.items()}
+    return "AUC: " + ", ".join(f"{name} {value:.2f}" for name, value in areas.items())
 
 
 def score_tokens(
-    store: Store,
-    lab: Lab,
-    params: Any,
-    response: jp.Response,
-    first: np.ndarray,
-    second: np.ndarray,
-    arms: Sequence[str],
+    store: Store, lab: Lab, params: Any, groups: list[tuple[str, ...]], arms: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """A score for every training token and every idea of what is worth more weight, `[N, T]`."""
-    settings = lab.settings
-    count = settings.measured_windows
-    order = np.random.default_rng(3).permutation(settings.windows)
-    chosen = np.sort(order[:count])
+    """A score for every training token and every idea of what is worth more weight, `[N, T]`.
 
-    def measure() -> dict[str, Any]:
-        plan, window = settings.token_plan, settings.token_window
-        found = susceptibilities(lab, params, plan, window, lab.train[chosen])
-        return {"chi": found.chi["tokens"], "halves": found.halves["tokens"]}
-
-    stored = store.stage("tokens", measure)
-    # Rows in the units in which the probes were standardised, so that loadings mean the same.
-    scale = np.asarray(jp.principal_directions(response).scale)
-
-    def along(loading: np.ndarray, chi: np.ndarray) -> np.ndarray:
-        return np.tensordot(loading / scale, chi, 1)
-
-    halves = [along(first, half) for half in stored["halves"]]
-    agreement = np.corrcoef(halves[0].ravel(), halves[1].ravel())[0, 1]
-    print(f"   {stored['chi'][0].size} tokens measured; halves agree {agreement:.2f} along it")
+    s = −χ of the excess loss of a group of heads, all of which move together, since heads that do
+    the same thing stand in for one another. It is high if the token's loss rises when these heads
+    are disturbed: more weight on such tokens lowers that excess loss, and protects what they do.
+    """
+    settings, heads = lab.settings, heads_of(params)
     losses = np.asarray(all_losses(lab, params))
-    scores = {}
-    for name, loading in (("up", first), ("second up", second)):
-        score = along(loading, stored["chi"])
-        if count < settings.windows:
-            score, fit = predict_scores(lab, params, losses, chosen, score)
-            print(f"   {name}: predicted for the other tokens, held-out R² {fit:.2f}")
-        scores[name] = (score - score.mean()) / score.std()
+    order = np.random.default_rng(3).permutation(settings.windows)
+    chosen = np.sort(order[: settings.measured_windows])
 
+    def measured(stage: str, group: Sequence[str], **changes: float) -> np.ndarray:
+        component = {"+".join(group): jp.union(params, *(heads[name] for name in group))}
+
+        def measure() -> dict[str, Any]:
+            found = susceptibilities(
+                lab, params, component, settings.token_plan, settings.token_window,
+                lab.train[chosen], **changes,
+            )  # fmt: skip
+            return {"chi": found.chi["tokens"][0], "halves": found.halves["tokens"][:, 0]}
+
+        kept = store.stage(stage, TOKENS, measure, group=list(group), **changes)
+        halves = np.corrcoef(*kept["halves"].reshape(2, -1))[0, 1]
+        score = -kept["chi"]
+        score = (score - score.mean()) / score.std()
+        print(f"   {stage}: {score.size} tokens measured, halves agree {halves:.2f}")
+        if len(chosen) < settings.windows:
+            score, fit = predict_scores(lab, params, losses, chosen, score)
+            print(f"      predicted for all tokens from the model's states, held-out R² {fit:.2f}")
+        print("      " + areas_of(lab, score))
+        return (score - score.mean()) / score.std()
+
+    pair = [measured("+".join(group), group) for group in groups]
+    # Of the two structures the one that is more clearly about some class of tokens is steered.
+    clear = [
+        max((abs(area(score, member) - 0.5), name) for name, member in lab.classes.items())
+        for score in pair
+    ]
+    main = int(clear[1] > clear[0])
+    print(
+        f"   Steered is what {', '.join(groups[main])} together are needed for: of all classes it "
+        f"tells {clear[main][1]!r} best, the other one {clear[1 - main][1]!r}."
+    )
+    # The second without what it shares with the first, which is to be left alone.
+    shared = np.mean(pair[0] * pair[1])
+    other = pair[1 - main] - shared * pair[main]
+    scores = {"up": pair[main], "second": other / other.std()}
+    print("      the other without the first: " + areas_of(lab, scores["second"]))
+    if "no landscape" in arms:
+        scores["no landscape"] = measured("no_landscape", groups[main], nbeta=1e-3)
+    if "local noise" in arms:
+        scores["local noise"] = measured(
+            "local_noise", groups[main],
+            localization=50 * settings.localization, step_size=settings.step_size / 50,
+        )  # fmt: skip
     tokens = np.asarray(lab.train)
-    bigram_loss = -lab.bigram[tokens[:, :-1], tokens[:, 1:]]
     scores["repeated bigram"] = lab.classes["repeated bigram"].astype(np.float32)
-    scores["bigram loss - loss"] = bigram_loss - losses
+    scores["bigram loss - loss"] = -lab.bigram[tokens[:, :-1], tokens[:, 1:]] - losses
     if "gzip" in arms:
         scores["gzip"] = subwords.bytes_saved(tokens, lab.texts)
     if "gradient" in arms:
-        kept = store.stage("gradient", lambda: {"chi": gradient_similarity(lab, params)})
+        kept = store.stage("gradient", MEASURE, lambda: {"chi": gradient_similarity(lab, params)})
         scores["gradient"] = gradient_score(kept["chi"])
-    score = scores["up"]
-    areas = {name: area(score, member) for name, member in lab.classes.items()}
-    print("   AUC: " + ", ".join(f"{name} {value:.2f}" for name, value in areas.items()))
     for name, other in scores.items():
         if name != "up":
-            value = np.corrcoef(score.ravel(), other.ravel())[0, 1]
-            print(f"   correlation with {name}: {value:+.2f}")
+            value = np.corrcoef(scores["up"].ravel(), other.ravel())[0, 1]
+            print(f"   correlation of the first with {name}: {value:+.2f}")
     return scores
 
 
@@ -518,10 +569,11 @@ def all_losses(lab: Lab, params: Any) -> jax.Array:
 def predict_scores(
     lab: Lab, params: Any, losses: np.ndarray, chosen: np.ndarray, score: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """A ridge regression from the model's states to the score; its R² is on a fifth held out.
+    """The scores of all tokens from the model's states, fitted on those measured; held-out R².
 
-    The states are the residual stream that is read out (as far as the logits show it), the
-    embedding of the next token, the product of the two, and the loss with its square.
+    The states are the residual stream that is read out (as far as the logits show it), the readout
+    vector of the next token, the product of the two, and functions of the loss. The fit replaces
+    the measured values too: it holds less noise than they do.
     """
     readout = np.linalg.pinv(np.asarray(params["unembed"], np.float64)).astype(np.float32)
 
@@ -529,29 +581,20 @@ def predict_scores(
     def features(tokens: jax.Array, loss: jax.Array) -> jax.Array:
         state = transformer.logits(params, tokens[:, :-1], config=lab.model) @ readout
         then = params["unembed"].T[tokens[:, 1:]] * lab.model.d_model
-        other = jnp.stack([loss, loss**2, jnp.exp(-loss), jnp.ones_like(loss)], axis=-1)
+        other = jnp.stack([loss, loss**2, jnp.exp(-loss)], axis=-1)
         return jnp.concatenate([state, then, state * then, other], axis=-1)
 
     def of(rows: np.ndarray) -> np.ndarray:
-        found = np.asarray(features(lab.train[rows], jnp.asarray(losses[rows])))
-        return found.reshape(-1, found.shape[-1])
+        return np.asarray(features(lab.train[rows], jnp.asarray(losses[rows])))
 
-    held_out = chosen[::5]
-    fitted = np.setdiff1d(chosen, held_out)
-    of_row = dict(zip(chosen.tolist(), score, strict=True))
+    def parts(rows: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(rows, max(1, len(rows) // 128))
 
-    def values(rows: np.ndarray) -> np.ndarray:
-        return np.concatenate([of_row[row] for row in rows.tolist()])
-
-    pieces = [np.asarray(p) for p in np.array_split(fitted, max(1, len(fitted) // 128))]
-    gram = sum(of(p).T.astype(np.float64) @ of(p) for p in pieces)
-    moment = sum(of(p).T.astype(np.float64) @ values(p) for p in pieces)
-    slope = np.linalg.solve(gram + 1e-3 * np.diag(np.diag(gram)) + 1e-6 * np.eye(len(gram)), moment)
-    rest = values(held_out)
-    fit = 1 - np.mean((of(held_out) @ slope - rest) ** 2) / np.var(rest)
-    everything = np.array_split(np.arange(len(lab.train)), max(1, len(lab.train) // 128))
-    predicted = np.concatenate([of(rows) @ slope for rows in everything])
-    return predicted.reshape(losses.shape).astype(np.float32), float(fit)
+    x = np.concatenate([of(rows) for rows in parts(chosen)])
+    fit = jp.regress_coordinates(jax.random.key(2), x, score)
+    everything = parts(np.arange(len(lab.train)))
+    predicted = np.concatenate([np.asarray(fit.predict(of(rows))) for rows in everything])
+    return predicted, fit.held_out_r2
 
 
 def gradient_similarity(lab: Lab, params: Any) -> jax.Array:
@@ -607,24 +650,36 @@ def at_share(score: np.ndarray, share: float) -> np.ndarray:
     return normalised(1 + low * score)
 
 
+def tilted(score: np.ndarray, dose: float) -> np.ndarray:
+    """ρ ∝ exp(α s): the weights closest to 1, in relative entropy, of their mean score."""
+    return normalised(np.exp(dose * np.clip(score, -4.0, 4.0)))
+
+
 def build_arms(scores: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray | None]:
     """Weights of every arm. The baselines have the effective sample size of "up"."""
     rng = np.random.default_rng(4)
     s = scores["up"]
-    up, down = normalised(1 + s), normalised(1 - s)
+    up, down = tilted(s, DOSE), tilted(s, -DOSE)
     share = sample_share(up)
+    shuffled = {
+        "permuted up": rng.permutation(up.ravel()).reshape(up.shape),
+        "permuted down": rng.permutation(down.ravel()).reshape(down.shape),
+    }
 
     def weights(name: str) -> np.ndarray | None:
         if name == "unweighted":
             return None
+        if name in shuffled:
+            return shuffled[name]
+        sign = -1 if name.endswith("down") else 1
         if name in ("up", "down"):
-            return up if name == "up" else down
-        if name.startswith("permuted"):
-            return rng.permutation((up if name.endswith("up") else down).ravel()).reshape(up.shape)
+            return tilted(s, sign * DOSE)
         if name.startswith("half"):
-            return normalised(1 + (s if name.endswith("up") else -s) / 2)
+            return tilted(s, sign * DOSE / 2)
         if name.startswith("second"):
-            return normalised(1 + (1 if name.endswith("up") else -1) * scores["second up"])
+            return tilted(scores["second"], sign * DOSE)
+        if name in CONTROLS:
+            return tilted(scores[name], DOSE)
         return at_share(scores[name], share)
 
     return {name: weights(name) for name in names}
@@ -668,7 +723,7 @@ def retrain(
                 return lab.run(keys, depends["steps"], weights)[1]
 
             name = f"runs/{arm.replace(' ', '_')}-{first}"
-            curves[arm].append(store.stage(name, compute, **depends))
+            curves[arm].append(store.stage(name, TRAINING, compute, **depends))
             last = curves[arm][-1]
             steps = [formation(s, p) for s, p in zip(last["step"], last["prefix"], strict=True)]
             formed = " ".join("never" if math.isinf(s) else f"{s:.0f}" for s in steps)
