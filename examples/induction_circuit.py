@@ -367,6 +367,14 @@ def heads_of(params: Any) -> dict[str, jp.Restriction]:
     return jp.components(params, kinds="head")
 
 
+def group_of(params: Any, names: Sequence[str]) -> jp.Restriction:
+    """Several heads as one component, with the norms through which they read."""
+    heads = heads_of(params)
+    layers = sorted({name[1:].split("h")[0] for name in names})
+    norms = [jp.by_path(f"layers/{layer}/attn_norm/*") for layer in layers]
+    return jp.union(params, *(heads[name] for name in names), *norms)
+
+
 def measure_probes(store: Store, lab: Lab, params: Any) -> jp.Response:
     """χ of every head's excess loss to the tokens of some windows, with its error."""
     settings, rows = lab.settings, tuple(heads_of(params))
@@ -458,12 +466,10 @@ def print_directions(lab: Lab, response: jp.Response) -> list[tuple[str, ...]]:
                 score, tokens, decode=lab.decode, num=5, per_token=1, per_sequence=1
             )
             print("      " + jp.format_tokens(rows).replace("\n", "\n      "))
+    why = f"the strongest contrast on which halves agree above {RELIABLE}"
     if taken is None:
-        print(
-            f"   No contrast of heads on which halves agree above {RELIABLE}: no more than noise."
-        )
-        taken = 1
-    print(f"   Taken: direction {taken + 1}, the strongest contrast with agreement > {RELIABLE}.")
+        taken, why = 1, f"though on no contrast do halves agree above {RELIABLE}: it may be noise"
+    print(f"   Taken: direction {taken + 1}, {why}.")
     loading = np.asarray(directions.loadings[taken])
     groups = [
         tuple(np.array(directions.rows)[side].tolist()) for side in (loading < 0, loading > 0)
@@ -487,13 +493,13 @@ def score_tokens(
     the same thing stand in for one another. It is high if the token's loss rises when these heads
     are disturbed: more weight on such tokens lowers that excess loss, and protects what they do.
     """
-    settings, heads = lab.settings, heads_of(params)
+    settings = lab.settings
     losses = np.asarray(all_losses(lab, params))
     order = np.random.default_rng(3).permutation(settings.windows)
     chosen = np.sort(order[: settings.measured_windows])
 
     def measured(stage: str, group: Sequence[str], **changes: float) -> np.ndarray:
-        component = {"+".join(group): jp.union(params, *(heads[name] for name in group))}
+        component = {"+".join(group): group_of(params, group)}
 
         def measure() -> dict[str, Any]:
             found = susceptibilities(
