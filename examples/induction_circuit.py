@@ -548,8 +548,12 @@ def score_tokens(
     if "gzip" in arms:
         scores["gzip"] = subwords.bytes_saved(tokens, lab.texts)
     if "gradient" in arms:
-        kept = store.stage("gradient", MEASURE, lambda: {"chi": gradient_similarity(lab, params)})
-        scores["gradient"] = gradient_score(kept["chi"])
+        component = group_of(params, groups[main])
+        kept = store.stage(
+            "gradient", MEASURE, lambda: {"s": gradient_similarity(lab, params, component)},
+            group=list(groups[main]),
+        )  # fmt: skip
+        scores["gradient"] = kept["s"]
     for name, other in scores.items():
         if name != "up":
             value = np.corrcoef(scores["up"].ravel(), other.ravel())[0, 1]
@@ -603,33 +607,23 @@ def predict_scores(
     return predicted, fit.held_out_r2
 
 
-def gradient_similarity(lab: Lab, params: Any) -> jax.Array:
-    """−⟨∇φ, ∇ℓ_z⟩ of every head and token: the first order of χ as γ → ∞, without sampling."""
+def gradient_similarity(lab: Lab, params: Any, restriction: jp.Restriction) -> jax.Array:
+    """⟨∇φ, ∇ℓ_z⟩ in the weights of a component, for every token: −χ to first order, at w*."""
     order = np.random.default_rng(2).permutation(lab.settings.windows)
     reference = lab.train[order[: 4 * lab.settings.reference_windows]]
 
     @jax.jit
-    def one(restriction: jp.Restriction) -> jax.Array:
-        position = restriction.select(params)
-        slope = jax.grad(lambda p: lab.loss_fn(restriction.embed(p, params), reference).mean())
-        along = slope(position)
+    def similar(position: Any) -> jax.Array:
+        def losses(position: Any, tokens: jax.Array) -> jax.Array:
+            return lab.loss_fn(restriction.embed(position, params), tokens)
 
-        def similar(chunk: jax.Array) -> jax.Array:
-            losses = lambda p: lab.loss_fn(restriction.embed(p, params), chunk)  # noqa: E731
-            return -jax.jvp(losses, (position,), (along,))[1]
+        slope = jax.grad(lambda p: losses(p, reference).mean())(position)
+        return jax.lax.map(
+            lambda chunk: jax.jvp(lambda p: losses(p, chunk), (position,), (slope,))[1],
+            in_chunks(lab.train),
+        )
 
-        return jax.lax.map(similar, in_chunks(lab.train)).reshape(len(lab.train), -1)
-
-    return jnp.stack([one(head) for head in heads_of(params).values()])
-
-
-def gradient_score(chi: np.ndarray) -> np.ndarray:
-    """The first principal coordinate, in the sign of protection, as for χ."""
-    flat = chi.reshape(len(chi), -1)
-    a = (flat - flat.mean(axis=1, keepdims=True)) / flat.std(axis=1, keepdims=True)
-    loading = np.linalg.eigh(a @ a.T)[1][:, -1]
-    loading *= -np.sign(loading[np.argmax(np.abs(loading))])
-    return (loading @ a).reshape(chi.shape[1:])
+    return similar(restriction.select(params)).reshape(len(lab.train), -1)
 
 
 def normalised(weights: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -127,7 +128,7 @@ def token_classes(
     now, then = tokens[:, 1:], tokens[:, :-1]
     part = letters[now] & glued[now] & ends[then]
     return {
-        "repeated bigram": np.asarray(repeated_bigrams(tokens)),
+        "repeated bigram": np.asarray(repeated_bigrams(jnp.asarray(tokens))),
         "word part": part,
         "word start": letters[now] & ~part,
         "delimiter": delimiter[now],
