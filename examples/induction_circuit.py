@@ -655,6 +655,16 @@ def tilted(score: np.ndarray, dose: float) -> np.ndarray:
     return normalised(np.exp(dose * np.clip(score, -4.0, 4.0)))
 
 
+def tilted_beside(score: np.ndarray, held: np.ndarray, dose: float) -> np.ndarray:
+    """ρ ∝ exp(α s + ν h) with ν such that the weights leave the mean of h where it is."""
+    low, high = -3.0, 3.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        weights = tilted(dose * score + middle * held, 1.0)
+        low, high = (middle, high) if np.mean(weights * held) < held.mean() else (low, middle)
+    return weights
+
+
 def build_arms(scores: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray | None]:
     """Weights of every arm. The baselines have the effective sample size of "up"."""
     rng = np.random.default_rng(4)
@@ -677,7 +687,7 @@ def build_arms(scores: dict[str, np.ndarray], names: Sequence[str]) -> dict[str,
         if name.startswith("half"):
             return tilted(s, sign * DOSE / 2)
         if name.startswith("second"):
-            return tilted(scores["second"], sign * DOSE)
+            return tilted_beside(scores["second"], s, sign * DOSE / 2)
         if name in CONTROLS:
             return tilted(scores[name], DOSE)
         return at_share(scores[name], share)
