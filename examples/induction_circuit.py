@@ -1,0 +1,856 @@
+"""Read the induction circuit of a small language model, and steer whether it forms.
+
+An attention-only transformer learns to copy: at a token that has occurred before, some head looks
+at what came after it. Here that circuit is found in the response of the heads to the training
+tokens, without being told what to look for, and the tokens are weighted along it. Fresh models
+trained on the weighted tokens form the circuit earlier, or not at all.
+
+    python examples/induction_circuit.py                       # what fits in a quarter of an hour
+    python examples/induction_circuit.py --seeds 8 --arms all  # everything, some hours on two cores
+    python examples/induction_circuit.py --scale paper         # the published sizes, for a GPU
+
+The default trains the arms unweighted, up, down and the permuted controls of both on two fresh
+seeds. Everything is kept by stage in `--out`, so an interrupted run goes on where it stopped, and
+more seeds or arms are added to those that are there. Needs tokenizers and matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+import jaxpattern as jp
+from jaxpattern import metrics
+from jaxpattern.data import subwords, text
+from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
+
+FORMED = 0.3  # the prefix-matching score of the best head from which the circuit counts as formed
+RELIABLE = 0.5  # the agreement of two halves from which a direction is taken for more than noise
+DOSE = 0.8  # α of the weights exp(α s); the arms called half have half of it
+FIRST_SEED = 100  # of the retraining; the base model has seed 0
+
+
+class Settings(NamedTuple):
+    """Everything that decides how long the run takes and how well it measures."""
+
+    model: TransformerConfig = TransformerConfig(
+        512, context=64, num_layers=2, num_heads=4, d_model=64
+    )
+    sources: tuple[str, ...] = ("library",)
+    max_bytes: int = 20_000_000  # of a source
+    windows: int = 8192
+    learning_rate: float = 1.2e-2
+    batch_size: int = 32
+    base_steps: int = 1200
+    steps: int = 1000
+    record_every: int = 10
+    # Where along the base run the response is measured: when structure has formed.
+    measure_at: int = 800
+    nbeta: float = 30.0
+    localization: float = 20.0
+    step_size: float = 1.5e-2
+    probe_windows: int = 96
+    reference_windows: int = 64
+    probe_plan: jp.Plan = jp.Plan(
+        num_chains=2, num_burnin=30, num_draws=12, thin=5, num_batches=2, batch_size=8
+    )
+    # Windows whose tokens are measured directly; the others are predicted from the model's states.
+    measured_windows: int = 2048
+    token_plan: jp.Plan = jp.Plan(
+        num_chains=2, num_burnin=30, num_draws=12, thin=5, num_batches=2, batch_size=8, chunk=64
+    )
+    window: int = 20
+    token_window: int = 10
+    spacing: int = 5
+    eval_windows: int = 64
+    eval_sequences: int = 32
+    seeds: int = 2
+
+
+SCALES = {
+    "small": Settings(),
+    "paper": Settings(
+        model=TransformerConfig(5000, context=1024, num_layers=2, num_heads=8, d_model=256),
+        sources=text.SOURCES, windows=6_000, learning_rate=1e-3, batch_size=100,
+        base_steps=50_000, steps=50_000, record_every=500, measure_at=30_000,
+        localization=300.0, step_size=1e-3, probe_windows=5, reference_windows=32,
+        probe_plan=jp.Plan(
+            num_chains=4, num_burnin=100, num_draws=200, thin=5, batch_size=16, chunk=32
+        ),
+        measured_windows=200,
+        token_plan=jp.Plan(
+            num_chains=4, num_burnin=100, num_draws=40, thin=5, batch_size=16, chunk=8
+        ),
+        window=60, token_window=60, eval_windows=64, seeds=8,
+    ),
+    "test": Settings(
+        model=TransformerConfig(260, context=16, num_layers=2, num_heads=2, d_model=16),
+        max_bytes=60_000, windows=64, batch_size=8, base_steps=20, steps=20, measure_at=20,
+        probe_windows=8, reference_windows=8,
+        probe_plan=jp.Plan(
+            num_chains=2, num_burnin=4, num_draws=4, thin=2, num_batches=2, batch_size=4
+        ),
+        measured_windows=32,
+        token_plan=jp.Plan(
+            num_chains=2, num_burnin=4, num_draws=4, thin=2, num_batches=2, batch_size=4, chunk=16
+        ),
+        window=4, token_window=4, spacing=2, eval_windows=8, eval_sequences=8, seeds=2,
+    ),
+}  # fmt: skip
+
+FEW = ("unweighted", "up", "down", "permuted up", "permuted down")
+CONTROLS = ("no landscape", "local noise")
+ARMS = (
+    *FEW, "half up", "half down", "repeated bigram", "bigram loss - loss", "gzip", "gradient",
+    *CONTROLS, "second up", "second down",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """All stages; returns what `report.json` holds."""
+    args = parse(argv)
+    settings = SCALES[args.scale]
+    store = Store(args.out, settings._asdict())
+
+    store.title("a. text, cut into tokens and windows in which copying pays")
+    data = load_data(store, settings)
+    lab = Lab(settings, data)
+
+    store.title("b. base model")
+    base = train_base(store, lab)
+    print_base(lab, base)
+
+    store.title("c. response matrix of the heads")
+    params = lab.unpack(base["snapshots"][settings.measure_at // settings.record_every])
+    response = measure_probes(store, lab, params)
+    groups = print_directions(lab, response)
+
+    store.title("d. weights for every token of the training set")
+    scores = score_tokens(store, lab, params, groups, args.arms)
+    arms = build_arms(scores, args.arms)
+    print_arms(lab, arms)
+
+    store.title(f"e. training from scratch, seeds {FIRST_SEED} to {FIRST_SEED + args.seeds - 1}")
+    curves = retrain(store, lab, arms, args.seeds)
+
+    store.title("f. report")
+    result = summarise(lab, arms, curves)
+    result["settings"] = {"scale": args.scale, **settings._asdict(), "seeds": args.seeds}
+    print_report(result)
+    (args.out / "report.json").write_text(json.dumps(result, indent=2, default=vars) + "\n")
+    draw(lab, curves).savefig(args.out / "induction_circuit.png")
+    print(f"\nResults in {args.out}")
+    return result
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=SCALES, default="small", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="(induction_results/SCALE)")
+    parser.add_argument("--seeds", type=int, help="fresh seeds of every arm")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(FEW), metavar="ARM", help=f"'all', or some of {ARMS}"
+    )
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("induction_results", args.scale)
+    args.seeds = SCALES[args.scale].seeds if args.seeds is None else args.seeds
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
+    if args.arms == ["all"]:
+        args.arms = list(ARMS)
+    unknown = set(args.arms) - set(ARMS)
+    if unknown:
+        parser.error(f"--arms: {sorted(unknown)} are none of {', '.join(ARMS)}")
+    args.arms = [arm for arm in ARMS if arm in {"unweighted", *args.arms}]
+    return args
+
+
+# Which settings the arrays of a stage depend on.
+DATA = ("model", "sources", "max_bytes", "windows", "eval_windows")
+TRAINING = (*DATA, "learning_rate", "batch_size", "record_every", "eval_sequences")
+BASE = (*TRAINING, "base_steps")
+MEASURE = (*BASE, "measure_at", "reference_windows")
+SAMPLING = (*MEASURE, "nbeta", "localization", "step_size", "spacing")
+PROBES = (*SAMPLING, "probe_windows", "probe_plan", "window")
+TOKENS = (*SAMPLING, "measured_windows", "token_plan", "token_window")
+
+
+class Store:
+    """A folder with the arrays of each stage, kept for as long as what they depend on is the same.
+
+    Code is not part of that: after a change of the program, take another folder.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings, self.start = folder, settings, time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def title(self, words: str) -> None:
+        print(f"\n[{time.perf_counter() - self.start:5.0f} s] {words}", flush=True)
+
+    def stage(
+        self,
+        name: str,
+        fields: Sequence[str],
+        compute: Callable[[], dict[str, Any]],
+        **depends: Any,
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a stage: read, if they were made with these settings, or computed."""
+        array, note = (self.folder / f"{name}{suffix}" for suffix in (".npz", ".json"))
+        settings = {field: self.settings[field] for field in fields}
+        said = json.dumps([jp.__version__, settings, depends], default=vars, sort_keys=True)
+        fingerprint = hashlib.sha256(said.encode()).hexdigest()
+        if array.exists() and note.exists():
+            if json.loads(note.read_text())["fingerprint"] == fingerprint:
+                with np.load(array) as stored:
+                    return dict(stored)
+            print(f"   {name}: made with other settings, and made again")
+        start = time.perf_counter()
+        arrays = {key: np.asarray(value) for key, value in compute().items()}
+        seconds = time.perf_counter() - start
+        array.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        np.savez(array, **arrays)
+        # The note comes last: without it the arrays do not count.
+        note.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds, **depends}))
+        return arrays
+
+
+def digest(array: np.ndarray) -> str:
+    return text.fingerprint(array)[:16]
+
+
+def load_data(store: Store, settings: Settings) -> dict[str, np.ndarray]:
+    """Windows of training and of held-out files, their vocabulary, and a bigram model."""
+
+    def compute() -> dict[str, Any]:
+        corpus = text.python_corpus(settings.max_bytes, min_bytes=1_000)
+        sides: tuple[list[bytes], list[bytes]] = ([], [])
+        for source in settings.sources:
+            for side, part in zip(
+                sides, text.split_by_file(corpus.get(source, []), 0.12), strict=True
+            ):
+                side.extend(part)
+        model = settings.model
+        tokenizer = subwords.train_tokenizer(sides[0], model.vocab_size)
+        train, held_out = (
+            subwords.token_windows(tokenizer, side, model.context + 1) for side in sides
+        )
+        if len(train) < settings.windows:
+            raise SystemExit(f"this Python holds {len(train)} windows, not {settings.windows}")
+        bigram = subwords.bigram_log_probs(train, model.vocab_size)
+        share = settings.windows / len(train)
+
+        def keep(windows: np.ndarray, count: int) -> np.ndarray:
+            """Those where copying beats the bigram model most, in their order."""
+            gain = subwords.copy_gain(windows, bigram)
+            return windows[np.sort(np.argsort(-gain, kind="stable")[:count])]
+
+        return {
+            "train": keep(train, settings.windows),
+            "held_out": keep(held_out, max(settings.eval_windows, round(share * len(held_out)))),
+            "bigram": bigram,
+            "vocabulary": np.array(subwords.vocabulary(tokenizer)),
+            "share": share,
+        }
+
+    data = store.stage("data", DATA, compute)
+    count, length = data["train"].shape
+    print(f"   {count} windows of {length} tokens to train on, the {data['share']:.0%} in which")
+    print(f"   copying pays most, and {len(data['held_out'])} held out")
+    return data
+
+
+class Lab:
+    """The model, the data and what is measured along a training run."""
+
+    def __init__(self, settings: Settings, data: dict[str, np.ndarray]) -> None:
+        self.settings, self.model = settings, settings.model
+        self.loss_fn = make_loss_fn(settings.model)
+        self.optimizer = optax.adamw(settings.learning_rate)
+        self.train = jnp.asarray(data["train"])
+        self.texts = [str(word) for word in data["vocabulary"]]
+        self.decode = lambda tokens: "".join(self.texts[i] for i in tokens)
+        self.bigram = data["bigram"]
+        self.classes = subwords.token_classes(data["train"], self.texts)
+        # A random choice that is fixed: files of one kind lie side by side.
+        order = np.random.default_rng(0).permutation(len(data["held_out"]))
+        self.held_out = jnp.asarray(data["held_out"][order])
+        self.watched = self.held_out[: settings.eval_windows]
+        watched = subwords.token_classes(np.asarray(self.watched), self.texts)
+        self.watched_classes = jnp.asarray(np.stack(list(watched.values())), jnp.float32)
+        self.repeated = metrics.repeated_tokens(
+            jax.random.key(7), settings.eval_sequences, self.model.context, self.model.vocab_size
+        )
+        params = transformer.init(jax.random.key(0), self.model)
+        self._unravel = ravel_pytree(params)[1]
+
+    def unpack(self, flat: np.ndarray) -> Any:
+        """Weights from one long vector."""
+        return self._unravel(jnp.asarray(flat))
+
+    def watch(self, params: Any) -> dict[str, jax.Array]:
+        """What is recorded along a run."""
+        attention = transformer.attention_patterns(params, self.repeated, config=self.model)
+        losses = self.loss_fn(params, self.watched)
+        member = self.watched_classes
+        return {
+            "prefix": metrics.prefix_matching_score(attention, self.repeated),
+            "previous": metrics.previous_token_score(attention),
+            "in_context": metrics.in_context_score(losses),
+            "loss": jnp.mean(losses),
+            "class_loss": jnp.sum(member * losses[None], axis=(1, 2))
+            / jnp.maximum(jnp.sum(member, axis=(1, 2)), 1.0),
+        }
+
+    def watch_and_keep(self, params: Any) -> dict[str, jax.Array]:
+        return {**self.watch(params), "snapshots": ravel_pytree(params)[0]}
+
+    def start(self, key: jax.Array) -> Any:
+        return transformer.init(jax.random.fold_in(key, 1), self.model)
+
+    def run(
+        self, keys: jax.Array, steps: int, weights: Any = None, watch: Any = None
+    ) -> tuple[Any, dict[str, np.ndarray]]:
+        """Train from scratch, one model a key; records have a leading seed axis with keys [S]."""
+        start = self.start(keys) if keys.ndim == 0 else jax.vmap(self.start)(keys)
+        params, history = jp.train(
+            keys, self.loss_fn, start, self.train, self.optimizer, num_steps=steps,
+            batch_size=self.settings.batch_size, weights=weights, metrics=watch or self.watch,
+            record_every=self.settings.record_every, progress=False,
+        )  # fmt: skip
+        return params, {"step": np.asarray(history.step), **history.metrics}
+
+
+def train_base(store: Store, lab: Lab) -> dict[str, np.ndarray]:
+    def compute() -> dict[str, Any]:
+        key = jax.random.key(0)
+        return lab.run(key, lab.settings.base_steps, watch=lab.watch_and_keep)[1]
+
+    return store.stage("base", BASE, compute)
+
+
+def formation(step: np.ndarray, prefix: np.ndarray) -> float:
+    """The first record at which some head matches prefixes; infinite if there is none."""
+    formed = np.flatnonzero(prefix.reshape(len(prefix), -1).max(axis=1) > FORMED)
+    return float(step[formed[0]]) if formed.size else math.inf
+
+
+def print_base(lab: Lab, base: dict[str, np.ndarray]) -> None:
+    print("   step   prefix matching   previous token   in-context score   held-out loss")
+    for i in range(0, len(base["step"]), max(1, len(base["step"]) // 10)):
+        best = [base[name][i].max() for name in ("prefix", "previous")]
+        print(
+            f"   {base['step'][i]:5d} {best[0]:13.2f} {best[1]:17.2f} "
+            f"{base['in_context'][i]:17.2f} {base['loss'][i]:17.3f}"
+        )
+    step = formation(base["step"], base["prefix"])
+    print(f"   prefix matching passes {FORMED} at step {step:g}")
+
+
+def heads_of(params: Any) -> dict[str, jp.Restriction]:
+    return jp.components(params, kinds="head")
+
+
+def group_of(params: Any, names: Sequence[str]) -> jp.Restriction:
+    """Several heads as one component, with the norms through which they read."""
+    heads = heads_of(params)
+    layers = sorted({name[1:].split("h")[0] for name in names})
+    norms = [jp.by_path(f"layers/{layer}/attn_norm/*") for layer in layers]
+    return jp.union(params, *(heads[name] for name in names), *norms)
+
+
+def measure_probes(store: Store, lab: Lab, params: Any) -> jp.Response:
+    """χ of every head's excess loss to the tokens of some windows, with its error."""
+    settings, rows = lab.settings, tuple(heads_of(params))
+    order = np.random.default_rng(1).permutation(settings.windows)
+    probes = order[: settings.probe_windows]
+    by_probe = ("chi", "stderr", "halves", "batches")
+    by_row = ("mean", "mean_stderr", "rhat", "ess", "diverged")
+
+    def measure() -> dict[str, Any]:
+        response = susceptibilities(
+            lab, params, heads_of(params), settings.probe_plan, settings.window,
+            lab.train[probes],
+        )  # fmt: skip
+        found = {name: getattr(response, name)["tokens"] for name in by_probe}
+        return found | {name: getattr(response, name) for name in by_row}
+
+    kept = store.stage("response", PROBES, measure)
+    chi = kept["chi"]
+    return jp.Response(
+        rows=rows, nbeta=jnp.float32(settings.nbeta), cost=0.0, num_samples=chi[0].size,
+        mass={"tokens": jnp.full(chi.shape[1:], 1 / chi[0].size)},
+        **{name: {"tokens": jnp.asarray(kept[name])} for name in by_probe},
+        **{name: jnp.asarray(kept[name]) for name in by_row},
+        diagnostics={"windows": jnp.asarray(probes)},
+    )  # fmt: skip
+
+
+def susceptibilities(
+    lab: Lab,
+    params: Any,
+    components: dict[str, jp.Restriction],
+    plan: jp.Plan,
+    window: int,
+    probes: jax.Array,
+    **changes: float,
+) -> jp.Response:
+    """χ of the components around these weights; `changes` are to nβ, γ and ε."""
+    settings = lab.settings._replace(**changes)
+    posterior = jp.localized_posterior(
+        lab.loss_fn, params, lab.train, nbeta=settings.nbeta, localization=settings.localization
+    )
+    order = np.random.default_rng(2).permutation(settings.windows)
+    return jp.susceptibilities(
+        jax.random.key(1), posterior, jp.sgld(step_size=settings.step_size), plan,
+        probes={"tokens": probes}, reference=lab.train[order[: settings.reference_windows]],
+        components=components,
+        estimator=jp.pathwise(window=window, every=settings.spacing),
+    )  # fmt: skip
+
+
+def area(score: np.ndarray, member: np.ndarray) -> float:
+    """The chance that a random member has a higher score than a random other, ½ for no relation."""
+    member = member.reshape(-1)
+    rank = np.empty(score.size)
+    rank[np.argsort(score.reshape(-1), kind="stable")] = np.arange(score.size)
+    inside, outside = int(member.sum()), int((~member).sum())
+    if not inside or not outside:
+        return math.nan
+    return float((rank[member].sum() - inside * (inside - 1) / 2) / (inside * outside))
+
+
+def print_directions(lab: Lab, response: jp.Response) -> list[tuple[str, ...]]:
+    """The directions, and the two groups of heads that one of them sets against each other.
+
+    The rule knows no labels. A direction on which all heads load alike says how much a token needs
+    heads at all. Taken is the strongest one that is not such, and on which two halves of the draws
+    agree: the signs of its loadings divide the heads into two groups that different tokens need.
+    """
+    directions = jp.principal_directions(response)
+    probes = np.asarray(response.diagnostics["windows"])
+    tokens = np.asarray(lab.train)[probes]
+    print("   loadings   " + " ".join(f"{row:>5}" for row in directions.rows))
+    taken = None
+    for k, loading in enumerate(np.asarray(directions.loadings)):
+        agreement = float(directions.reliability[k])
+        mixed = 0.1 < float(np.sum(np.where(loading > 0, loading**2, 0.0))) < 0.9
+        if taken is None and mixed and agreement > RELIABLE:
+            taken = k
+        print(
+            f"   {k + 1:2}.        {' '.join(f'{x:+5.2f}' for x in loading)}   "
+            f"{float(directions.explained[k]):4.0%} of the variance, "
+            f"{float(directions.noise_variance[k] / directions.variance[k]):4.0%} of it noise, "
+            f"halves agree {agreement:.2f}{'' if mixed else ', all alike'}"
+        )
+        if k < 3:
+            score = np.asarray(directions.coordinates["tokens"][k])
+            print("      " + areas_of(lab, score, probes))
+            rows = jp.extreme_tokens(
+                score, tokens, decode=lab.decode, num=5, per_token=1, per_sequence=1
+            )
+            print("      " + jp.format_tokens(rows).replace("\n", "\n      "))
+    why = f"the strongest contrast on which halves agree above {RELIABLE}"
+    if taken is None:
+        taken, why = 1, f"though on no contrast do halves agree above {RELIABLE}: it may be noise"
+    print(f"   Taken: direction {taken + 1}, {why}.")
+    loading = np.asarray(directions.loadings[taken])
+    groups = [
+        tuple(np.array(directions.rows)[side].tolist()) for side in (loading < 0, loading > 0)
+    ]
+    print(f"   It sets {', '.join(groups[0])} against {', '.join(groups[1])}.")
+    return groups
+
+
+def areas_of(lab: Lab, score: np.ndarray, windows: Any = slice(None)) -> str:
+    """How well a score tells each class of tokens from the others."""
+    areas = {name: area(score, member[windows]) for name, member in lab.classes.items()}
+    return "AUC: " + ", ".join(f"{name} {value:.2f}" for name, value in areas.items())
+
+
+def score_tokens(
+    store: Store, lab: Lab, params: Any, groups: list[tuple[str, ...]], arms: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """A score for every training token and every idea of what is worth more weight, `[N, T]`.
+
+    s = −χ of the excess loss of a group of heads, all of which move together, since heads that do
+    the same thing stand in for one another. It is high if the token's loss rises when these heads
+    are disturbed: more weight on such tokens lowers that excess loss, and protects what they do.
+    """
+    settings = lab.settings
+    losses = np.asarray(all_losses(lab, params))
+    order = np.random.default_rng(3).permutation(settings.windows)
+    chosen = np.sort(order[: settings.measured_windows])
+
+    def measured(stage: str, group: Sequence[str], **changes: float) -> np.ndarray:
+        component = {"+".join(group): group_of(params, group)}
+
+        def measure() -> dict[str, Any]:
+            found = susceptibilities(
+                lab, params, component, settings.token_plan, settings.token_window,
+                lab.train[chosen], **changes,
+            )  # fmt: skip
+            return {"chi": found.chi["tokens"][0], "halves": found.halves["tokens"][:, 0]}
+
+        kept = store.stage(stage, TOKENS, measure, group=list(group), **changes)
+        halves = np.corrcoef(*kept["halves"].reshape(2, -1))[0, 1]
+        score = -kept["chi"]
+        score = (score - score.mean()) / score.std()
+        print(f"   {stage}: {score.size} tokens measured, halves agree {halves:.2f}")
+        if len(chosen) < settings.windows:
+            score, fit = predict_scores(lab, params, losses, chosen, score)
+            print(f"      predicted for all tokens from the model's states, held-out R² {fit:.2f}")
+        print("      " + areas_of(lab, score))
+        return (score - score.mean()) / score.std()
+
+    pair = [measured("+".join(group), group) for group in groups]
+    # Of the two structures the one that is more clearly about some class of tokens is steered.
+    clear = [
+        max((abs(area(score, member) - 0.5), name) for name, member in lab.classes.items())
+        for score in pair
+    ]
+    main = int(clear[1] > clear[0])
+    print(
+        f"   Steered is what {', '.join(groups[main])} together are needed for: of all classes it "
+        f"tells {clear[main][1]!r} best, the other one {clear[1 - main][1]!r}."
+    )
+    # The second without what it shares with the first, which is to be left alone.
+    shared = np.mean(pair[0] * pair[1])
+    other = pair[1 - main] - shared * pair[main]
+    scores = {"up": pair[main], "second": other / other.std()}
+    print("      the other without the first: " + areas_of(lab, scores["second"]))
+    if "no landscape" in arms:
+        scores["no landscape"] = measured("no_landscape", groups[main], nbeta=1e-3)
+    if "local noise" in arms:
+        scores["local noise"] = measured(
+            "local_noise", groups[main],
+            localization=50 * settings.localization, step_size=settings.step_size / 50,
+        )  # fmt: skip
+    tokens = np.asarray(lab.train)
+    scores["repeated bigram"] = lab.classes["repeated bigram"].astype(np.float32)
+    scores["bigram loss - loss"] = -lab.bigram[tokens[:, :-1], tokens[:, 1:]] - losses
+    if "gzip" in arms:
+        scores["gzip"] = subwords.bytes_saved(tokens, lab.texts)
+    if "gradient" in arms:
+        component = group_of(params, groups[main])
+        kept = store.stage(
+            "gradient", MEASURE, lambda: {"s": gradient_similarity(lab, params, component)},
+            group=list(groups[main]),
+        )  # fmt: skip
+        scores["gradient"] = kept["s"]
+    for name, other in scores.items():
+        if name != "up":
+            value = np.corrcoef(scores["up"].ravel(), other.ravel())[0, 1]
+            print(f"   correlation of the first with {name}: {value:+.2f}")
+    return scores
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses(loss_fn: Any, params: Any, chunks: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda chunk: loss_fn(params, chunk), chunks)
+
+
+def in_chunks(tokens: jax.Array, most: int = 64) -> jax.Array:
+    size = math.gcd(len(tokens), most)
+    return tokens.reshape(-1, size, tokens.shape[-1])
+
+
+def all_losses(lab: Lab, params: Any) -> jax.Array:
+    losses = _losses(lab.loss_fn, params, in_chunks(lab.train))
+    return losses.reshape(-1, losses.shape[-1])
+
+
+def predict_scores(
+    lab: Lab, params: Any, losses: np.ndarray, chosen: np.ndarray, score: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """The scores of all tokens from the model's states, fitted on those measured; held-out R².
+
+    The states are the residual stream that is read out (as far as the logits show it), the readout
+    vector of the next token, the product of the two, and functions of the loss. The fit replaces
+    the measured values too: it holds less noise than they do.
+    """
+    readout = np.linalg.pinv(np.asarray(params["unembed"], np.float64)).astype(np.float32)
+
+    @jax.jit
+    def features(tokens: jax.Array, loss: jax.Array) -> jax.Array:
+        state = transformer.logits(params, tokens[:, :-1], config=lab.model) @ readout
+        then = params["unembed"].T[tokens[:, 1:]] * lab.model.d_model
+        other = jnp.stack([loss, loss**2, jnp.exp(-loss)], axis=-1)
+        return jnp.concatenate([state, then, state * then, other], axis=-1)
+
+    def of(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(features(lab.train[rows], jnp.asarray(losses[rows])))
+
+    def parts(rows: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(rows, max(1, len(rows) // 128))
+
+    x = np.concatenate([of(rows) for rows in parts(chosen)])
+    fit = jp.regress_coordinates(jax.random.key(2), x, score)
+    everything = parts(np.arange(len(lab.train)))
+    predicted = np.concatenate([np.asarray(fit.predict(of(rows))) for rows in everything])
+    return predicted, fit.held_out_r2
+
+
+def gradient_similarity(lab: Lab, params: Any, restriction: jp.Restriction) -> jax.Array:
+    """⟨∇φ, ∇ℓ_z⟩ in the weights of a component, for every token: −χ to first order, at w*."""
+    order = np.random.default_rng(2).permutation(lab.settings.windows)
+    reference = lab.train[order[: 4 * lab.settings.reference_windows]]
+
+    @jax.jit
+    def similar(position: Any) -> jax.Array:
+        def losses(position: Any, tokens: jax.Array) -> jax.Array:
+            return lab.loss_fn(restriction.embed(position, params), tokens)
+
+        slope = jax.grad(lambda p: losses(p, reference).mean())(position)
+        return jax.lax.map(
+            lambda chunk: jax.jvp(lambda p: losses(p, chunk), (position,), (slope,))[1],
+            in_chunks(lab.train),
+        )
+
+    return similar(restriction.select(params)).reshape(len(lab.train), -1)
+
+
+def normalised(weights: np.ndarray) -> np.ndarray:
+    """Weights of mean 1, none negative."""
+    weights = np.maximum(weights, 0.0)
+    return (weights / weights.mean()).astype(np.float32)
+
+
+def sample_share(weights: np.ndarray) -> float:
+    """(Σρ)² / (N Σρ²), the effective sample size as a share of all."""
+    weights = weights.astype(np.float64)
+    return float(weights.mean() ** 2 / (weights**2).mean())
+
+
+def at_share(score: np.ndarray, share: float) -> np.ndarray:
+    """Weights 1 + α s, clipped, with α such that their effective sample size is this share."""
+    score = (score - score.min()) if set(np.unique(score)) <= {0, 1} else score - score.mean()
+    score = score / score.std()
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        alpha = (low + high) / 2
+        enough = sample_share(normalised(1 + alpha * score)) > share
+        low, high = (alpha, high) if enough else (low, alpha)
+    return normalised(1 + low * score)
+
+
+def tilted(score: np.ndarray, dose: float) -> np.ndarray:
+    """ρ ∝ exp(α s): the weights closest to 1, in relative entropy, of their mean score."""
+    return normalised(np.exp(dose * np.clip(score, -4.0, 4.0)))
+
+
+def tilted_beside(score: np.ndarray, held: np.ndarray, dose: float) -> np.ndarray:
+    """ρ ∝ exp(α s + ν h) with ν such that the weights leave the mean of h where it is."""
+    low, high = -3.0, 3.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        weights = tilted(dose * score + middle * held, 1.0)
+        low, high = (middle, high) if np.mean(weights * held) < held.mean() else (low, middle)
+    return weights
+
+
+def build_arms(scores: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray | None]:
+    """Weights of every arm. The baselines have the effective sample size of "up"."""
+    rng = np.random.default_rng(4)
+    s = scores["up"]
+    up, down = tilted(s, DOSE), tilted(s, -DOSE)
+    share = sample_share(up)
+    shuffled = {
+        "permuted up": rng.permutation(up.ravel()).reshape(up.shape),
+        "permuted down": rng.permutation(down.ravel()).reshape(down.shape),
+    }
+
+    def weights(name: str) -> np.ndarray | None:
+        if name == "unweighted":
+            return None
+        if name in shuffled:
+            return shuffled[name]
+        sign = -1 if name.endswith("down") else 1
+        if name in ("up", "down"):
+            return tilted(s, sign * DOSE)
+        if name.startswith("half"):
+            return tilted(s, sign * DOSE / 2)
+        if name.startswith("second"):
+            return tilted_beside(scores["second"], s, sign * DOSE / 2)
+        if name in CONTROLS:
+            return tilted(scores[name], DOSE)
+        return at_share(scores[name], share)
+
+    return {name: weights(name) for name in names}
+
+
+def print_arms(lab: Lab, arms: dict[str, np.ndarray | None]) -> None:
+    print("   arm                  sample size   weight 0   largest   weight on repeated bigrams")
+    member = lab.classes["repeated bigram"]
+    for name, weights in arms.items():
+        if weights is not None:
+            print(
+                f"   {name:20} {sample_share(weights):10.0%} {np.mean(weights == 0):10.0%} "
+                f"{weights.max():9.1f} {weights[member].mean():14.2f}"
+            )
+
+
+def retrain(
+    store: Store, lab: Lab, arms: dict[str, np.ndarray | None], seeds: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Curves of every arm, `[seed, record, …]`; all arms share starts and batches of a seed.
+
+    On a CPU seeds are trained one after the other: several at once, as one vmapped program, took
+    1.15 times (4 seeds) to 1.36 times (8) as long for each.
+    """
+    size = 1 if jax.default_backend() == "cpu" else seeds
+    curves: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in arms}
+    for first in range(FIRST_SEED, FIRST_SEED + seeds, size):
+        for arm, weights in arms.items():
+            depends = {
+                "seeds": [first, min(size, FIRST_SEED + seeds - first)],
+                "steps": lab.settings.steps,
+                "weights": "none" if weights is None else digest(weights),
+            }
+
+            def compute(weights: Any = weights, depends: Any = depends) -> dict[str, Any]:
+                start, count = depends["seeds"]
+                if count == 1:
+                    one = lab.run(jax.random.key(start), depends["steps"], weights)[1]
+                    return {name: np.asarray(value)[None] for name, value in one.items()}
+                keys = jnp.stack([jax.random.key(start + i) for i in range(count)])
+                return lab.run(keys, depends["steps"], weights)[1]
+
+            name = f"runs/{arm.replace(' ', '_')}-{first}"
+            curves[arm].append(store.stage(name, TRAINING, compute, **depends))
+            last = curves[arm][-1]
+            steps = [formation(s, p) for s, p in zip(last["step"], last["prefix"], strict=True)]
+            formed = " ".join("never" if math.isinf(s) else f"{s:.0f}" for s in steps)
+            print(f"   seed {first}, {arm}: {formed}", flush=True)
+    return {
+        arm: {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for arm, parts in curves.items()
+    }
+
+
+def sign_test(first: np.ndarray, second: np.ndarray) -> float:
+    """One-sided exact p of pairs in which `first` is smaller more often than not; ties drop out."""
+    less, more = int(np.sum(first < second)), int(np.sum(first > second))
+    pairs = less + more
+    return sum(math.comb(pairs, k) for k in range(less, pairs + 1)) / 2**pairs
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Median, and order statistics that cover it with at least 95 % where there are enough."""
+    ranked, n = np.sort(values), len(values)
+    skip = 0
+    while sum(math.comb(n, k) for k in range(skip + 2)) / 2 ** (n - 1) <= 0.05:
+        skip += 1
+    with np.errstate(invalid="ignore"):
+        middle = (ranked[(n - 1) // 2] + ranked[n // 2]) / 2
+    return float(middle), float(ranked[skip]), float(ranked[n - 1 - skip])
+
+
+def summarise(
+    lab: Lab, arms: dict[str, np.ndarray | None], curves: dict[str, dict[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Formation steps, their ratios to the unweighted run of the seed, and tests."""
+
+    def steps_of(arm: str) -> np.ndarray:
+        pairs = zip(curves[arm]["step"], curves[arm]["prefix"], strict=True)
+        return np.array([formation(*pair) for pair in pairs])
+
+    plain = steps_of("unweighted")
+    result: dict[str, Any] = {"arms": {}, "classes": list(lab.classes)}
+    for arm in arms:
+        step, curve = steps_of(arm), curves[arm]
+        known = np.isfinite(plain)
+        with np.errstate(invalid="ignore"):
+            ratio = (step / plain)[known]
+        within = np.minimum(2 * plain, lab.settings.steps)
+        entry: dict[str, Any] = {
+            "formation": step.tolist(),
+            "ratio": median_interval(ratio) if known.any() else None,
+            "formed_within_twice": int(np.sum(step <= within)),
+            "loss_ratio": (curve["loss"][:, -1] / curves["unweighted"]["loss"][:, -1]).tolist(),
+            "in_context": curve["in_context"][:, -1].tolist(),
+            "class_loss_change": (
+                curve["class_loss"][:, -1] - curves["unweighted"]["class_loss"][:, -1]
+            ).mean(axis=0).tolist(),
+            "sample_share": 1.0 if arms[arm] is None else sample_share(arms[arm]),
+        }  # fmt: skip
+        control = f"permuted {arm}"
+        if control in arms:
+            other = steps_of(control)
+            pair = (step, other) if arm == "up" else (other, step)
+            entry["p_against_permuted"] = sign_test(*pair)
+        result["arms"][arm] = entry
+    return result
+
+
+def print_report(result: dict[str, Any]) -> None:
+    def said(x: float) -> str:
+        return "never" if math.isinf(x) else f"{x:.0f}"
+
+    print("   arm                  steps to form, by seed; median ratio to unweighted [interval];")
+    print("                        held-out loss at the end over unweighted; p against permuted")
+    for arm, entry in result["arms"].items():
+        steps = " ".join(f"{said(x):>5}" for x in entry["formation"])
+        ratio = "" if entry["ratio"] is None else "{:.2f} [{:.2f}, {:.2f}]".format(*entry["ratio"])
+        p = entry.get("p_against_permuted")
+        print(
+            f"   {arm:20} {steps}   {ratio:20} {np.median(entry['loss_ratio']):.3f}"
+            + ("" if p is None else f"   p = {p:.4f}")
+        )
+    print("   change of the held-out loss of a class at the end, in 10⁻³ nats")
+    print("   " + " " * 20 + "".join(f"{name:>17}" for name in result["classes"]))
+    for arm, entry in result["arms"].items():
+        print(f"   {arm:20}" + "".join(f"{1e3 * x:+17.0f}" for x in entry["class_loss_change"]))
+
+
+def draw(lab: Lab, curves: dict[str, dict[str, np.ndarray]]) -> Any:
+    """Formation curves: median of the seeds, and the band from the lowest to the highest."""
+    from jaxpattern import plot
+
+    figure = plot.Figure(figsize=(10, 3.8), layout="constrained", dpi=120)
+    axes = figure.subplots(1, 2)
+    shown = {"unweighted": plot.GREY, "up": plot.BLUE, "down": plot.VERMILLION}
+    for arm, colour in shown.items():
+        if arm not in curves:
+            continue
+        curve = curves[arm]
+        step = curve["step"][0]
+        best = curve["prefix"].reshape(*curve["prefix"].shape[:2], -1).max(axis=-1)
+        repeated = curve["class_loss"][:, :, 0]
+        for ax, value in zip(axes, (best, repeated), strict=True):
+            ax.plot(step, np.median(value, axis=0), color=colour, label=arm)
+            ax.fill_between(
+                step, value.min(axis=0), value.max(axis=0), color=colour, alpha=0.2, lw=0
+            )
+    axes[0].axhline(FORMED, color="black", lw=0.8, ls=":")
+    axes[0].set_ylabel("prefix-matching score of the best head")
+    axes[1].set_ylabel("held-out loss of repeated bigrams, nats")
+    axes[1].set_ylim(top=float(np.quantile(curves["unweighted"]["class_loss"][:, 1:, 0], 0.95)))
+    for ax in axes:
+        ax.set_xlabel("training step")
+        ax.spines[["top", "right"]].set_visible(False)
+    seeds = len(curves["unweighted"]["step"])
+    axes[0].set_title(f"The induction circuit forms ({seeds} seeds)", loc="left", fontsize=10)
+    axes[1].set_title("What it is for", loc="left", fontsize=10)
+    axes[0].legend(frameon=False, loc="upper left")
+    return figure
+
+
+if __name__ == "__main__":
+    main()
