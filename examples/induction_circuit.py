@@ -135,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     store.title("c. response matrix of the heads")
     params = lab.unpack(base["snapshots"][settings.measure_at // settings.record_every])
-    response = measure_probes(store, lab, params)
-    groups = print_directions(lab, response)
+    response, probes = measure_probes(store, lab, params)
+    groups = print_directions(lab, response, probes)
 
     store.title("d. weights for every token of the training set")
     scores = score_tokens(store, lab, params, groups, args.arms)
@@ -375,8 +375,8 @@ def group_of(params: Any, names: Sequence[str]) -> jp.Restriction:
     return jp.union(params, *(heads[name] for name in names), *norms)
 
 
-def measure_probes(store: Store, lab: Lab, params: Any) -> jp.Response:
-    """χ of every head's excess loss to the tokens of some windows, with its error."""
+def measure_probes(store: Store, lab: Lab, params: Any) -> tuple[jp.Response, np.ndarray]:
+    """χ of every head's excess loss to the tokens of some windows, and which these are."""
     settings, rows = lab.settings, tuple(heads_of(params))
     order = np.random.default_rng(1).permutation(settings.windows)
     probes = order[: settings.probe_windows]
@@ -393,13 +393,13 @@ def measure_probes(store: Store, lab: Lab, params: Any) -> jp.Response:
 
     kept = store.stage("response", PROBES, measure)
     chi = kept["chi"]
-    return jp.Response(
+    response = jp.Response(
         rows=rows, nbeta=jnp.float32(settings.nbeta), cost=0.0, num_samples=chi[0].size,
         mass={"tokens": jnp.full(chi.shape[1:], 1 / chi[0].size)},
         **{name: {"tokens": jnp.asarray(kept[name])} for name in by_probe},
         **{name: jnp.asarray(kept[name]) for name in by_row},
-        diagnostics={"windows": jnp.asarray(probes)},
     )  # fmt: skip
+    return response, probes
 
 
 def susceptibilities(
@@ -436,7 +436,7 @@ def area(score: np.ndarray, member: np.ndarray) -> float:
     return float((rank[member].sum() - inside * (inside - 1) / 2) / (inside * outside))
 
 
-def print_directions(lab: Lab, response: jp.Response) -> list[tuple[str, ...]]:
+def print_directions(lab: Lab, response: jp.Response, probes: np.ndarray) -> list[tuple[str, ...]]:
     """The directions, and the two groups of heads that one of them sets against each other.
 
     The rule knows no labels. A direction on which all heads load alike says how much a token needs
@@ -444,7 +444,6 @@ def print_directions(lab: Lab, response: jp.Response) -> list[tuple[str, ...]]:
     agree: the signs of its loadings divide the heads into two groups that different tokens need.
     """
     directions = jp.principal_directions(response)
-    probes = np.asarray(response.diagnostics["windows"])
     tokens = np.asarray(lab.train)[probes]
     print("   loadings   " + " ".join(f"{row:>5}" for row in directions.rows))
     taken = None
