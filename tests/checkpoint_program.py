@@ -44,10 +44,10 @@ def weights_of(params):
     return params["a"]
 
 
-def chi(estimator, **settings):
+def chi(estimator, progress=False, **settings):
     return jp.susceptibilities(
         key(), posterior(), SAMPLER, PLAN, probes={"p": DATA, "q": DATA}, components=COMPONENTS,
-        estimator=estimator, progress=False, **settings,
+        estimator=estimator, progress=progress, **settings,
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def train(**settings):
 DRIVERS = {
     "sample": sample,
     "llc": llc,
-    "covariance": partial(chi, jp.covariance(form="hybrid")),
+    "covariance": partial(chi, jp.covariance()),
     "adjoint": partial(chi, jp.pathwise(window=2, every=1)),
     "tangent": partial(chi, jp.pathwise(mode="tangent")),
     "train": train,
