@@ -317,7 +317,15 @@ def test_signals_save_and_stop(number, wanted, tmp_path, monkeypatch):
     same(DRIVERS["llc"](checkpoint=tmp_path), wanted("llc"))
 
 
-def test_signals_that_meet_no_chunk(tmp_path):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises, also where the tests run in the background and it was left to be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_that_meet_no_chunk(tmp_path, interruptible):
     """One that comes after the last chunk is not lost, and a second one acts at once."""
     store = jp.checkpoint.open_store(often(tmp_path), "test")
     noted = store.__enter__()

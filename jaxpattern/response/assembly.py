@@ -23,7 +23,7 @@ class Part(NamedTuple):
     batches: dict[str, Float[Array, "batches rows"]]
     summary: Summary
     diverged: Bool[Array, " chains"]
-    diagnostics: dict[str, Float[Array, "rows ..."]]
+    diagnostics: dict[str, Shaped[Array, "rows ..."]]
 
 
 def summarize_rows(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxpattern.validation import check_names, is_concrete
 
@@ -58,7 +58,7 @@ class Response:
     cost: float = field(metadata={"static": True})
     num_samples: int = field(metadata={"static": True})
     estimator: str = field(default="", metadata={"static": True})
-    diagnostics: dict[str, Float[Array, "..."]] = field(default_factory=dict)
+    diagnostics: dict[str, Shaped[Array, "..."]] = field(default_factory=dict)
 
 
 def group_mean(response: Response, shares: Mapping[str, float] | None = None) -> Response:
