@@ -611,18 +611,19 @@ def gradient_similarity(lab: Lab, params: Any, restriction: jp.Restriction) -> j
     order = np.random.default_rng(2).permutation(lab.settings.windows)
     reference = lab.train[order[: 4 * lab.settings.reference_windows]]
 
-    @jax.jit
-    def similar(position: Any) -> jax.Array:
-        def losses(position: Any, tokens: jax.Array) -> jax.Array:
-            return lab.loss_fn(restriction.embed(position, params), tokens)
+    def losses(position: Any, params: Any, tokens: jax.Array) -> jax.Array:
+        return lab.loss_fn(restriction.embed(position, params), tokens)
 
-        slope = jax.grad(lambda p: losses(p, reference).mean())(position)
+    @jax.jit
+    def similar(params: Any, reference: jax.Array, chunks: jax.Array) -> jax.Array:
+        position = restriction.select(params)
+        slope = jax.grad(lambda p: losses(p, params, reference).mean())(position)
         return jax.lax.map(
-            lambda chunk: jax.jvp(lambda p: losses(p, chunk), (position,), (slope,))[1],
-            in_chunks(lab.train),
+            lambda chunk: jax.jvp(lambda p: losses(p, params, chunk), (position,), (slope,))[1],
+            chunks,
         )
 
-    return similar(restriction.select(params)).reshape(len(lab.train), -1)
+    return similar(params, reference, in_chunks(lab.train)).reshape(len(lab.train), -1)
 
 
 def normalised(weights: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 from tqdm import tqdm
@@ -64,7 +65,7 @@ def train(
     *,
     num_steps: int,
     batch_size: int,
-    weights: Shaped[Array, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
     weighting: Literal["loss", "sampling"] = "loss",
     metrics: Callable[[Params], PyTree[Array]] | None = None,
     record_every: int | None = None,

@@ -45,7 +45,9 @@ class CoordinateRegression(NamedTuple):
     held_out_stderr: float
     held_out: Bool[np.ndarray, " B"]
 
-    def predict(self, features: Float[Array, "*tokens features"]) -> Float[Array, "*tokens"]:
+    def predict(
+        self, features: Float[Array | np.ndarray, "*tokens features"]
+    ) -> Float[Array, "*tokens"]:
         """The coordinate of each token, ĉ = intercept + features · coefficients; can be jitted."""
         product = jnp.matmul(features, self.coefficients, precision=jax.lax.Precision.HIGHEST)
         return product + self.intercept
