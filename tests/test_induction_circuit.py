@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "induction_circuit.py"
 ARMS = ["up", "down", "permuted up", "permuted down", "repeated bigram", "gzip", "gradient"]
