@@ -97,8 +97,9 @@ SCALES = {
         window=60, token_window=60, eval_windows=64, seeds=8,
     ),
     "test": Settings(
-        model=TransformerConfig(260, context=16, num_layers=2, num_heads=2, d_model=16),
+        model=TransformerConfig(260, context=16, num_layers=2, num_heads=1, d_model=16),
         max_bytes=60_000, windows=64, batch_size=8, base_steps=20, steps=20, measure_at=20,
+        localization=300.0, step_size=1e-3,
         probe_windows=8, reference_windows=8,
         probe_plan=jp.Plan(
             num_chains=2, num_burnin=4, num_draws=4, thin=2, num_batches=2, batch_size=4
@@ -328,6 +329,7 @@ class Lab:
         self, keys: jax.Array, steps: int, weights: Any = None, watch: Any = None
     ) -> tuple[Any, dict[str, np.ndarray]]:
         """Train from scratch, one model a key; records have a leading seed axis with keys [S]."""
+        weights = None if weights is None else jnp.asarray(weights)
         start = self.start(keys) if keys.ndim == 0 else jax.vmap(self.start)(keys)
         params, history = jp.train(
             keys, self.loss_fn, start, self.train, self.optimizer, num_steps=steps,
@@ -602,7 +604,7 @@ def predict_scores(
     x = np.concatenate([of(rows) for rows in parts(chosen)])
     fit = jp.regress_coordinates(jax.random.key(2), x, score)
     everything = parts(np.arange(len(lab.train)))
-    predicted = np.concatenate([np.asarray(fit.predict(of(rows))) for rows in everything])
+    predicted = np.concatenate([fit.predict(jnp.asarray(of(rows))) for rows in everything])
     return predicted, fit.held_out_r2
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -26,7 +27,12 @@ def example():
 def run(example, tmp_path_factory):
     out = tmp_path_factory.mktemp("induction")
     arguments = ["--scale", "test", "--out", str(out), "--seeds", "1", "--arms", *ARMS]
-    return example.main(arguments), out
+    # Nearly all of the time is compilation of programs that run for a moment.
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield example.main(arguments), out
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_it_keeps_every_stage(run):
