@@ -12,6 +12,15 @@ trained on the weighted tokens form the circuit earlier, or not at all.
 The default trains the arms unweighted, up, down and the permuted controls of both on two fresh
 seeds. Everything is kept by stage in `--out`, so an interrupted run goes on where it stopped, and
 more seeds or arms are added to those that are there. Needs tokenizers and matplotlib.
+
+How it goes. The strongest direction of the response has all heads on one side; the next one sets
+the heads of layer 0 against those of layer 1. Each of the two groups is then measured moving
+together. What the first group is needed for turns out to be repeated bigrams (AUC 0.83), what the
+second is needed for, indentation (0.73). On eight seeds the circuit forms at step 390 to 500
+unweighted, at 210 to 230 with weights up (0.49 of the steps; permuted weights 1.19), and within
+1,000 steps never with weights down. Knowing what induction is, and weighting repeated bigrams at
+the same effective sample size, is faster still: 0.35. Without the landscape (nβ = 0) the same
+measurement gives a score that correlates 0.77 with it: much of it is what noise alone breaks.
 """
 
 from __future__ import annotations
