@@ -26,11 +26,9 @@ measurement gives a score that correlates 0.77 with it: much of it is what noise
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from stages import Stages
 
 import jaxpattern as jp
 from jaxpattern import metrics
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """All stages; returns what `report.json` holds."""
     args = parse(argv)
     settings = SCALES[args.scale]
-    store = Store(args.out, settings._asdict())
+    store = Stages(args.out, jp.__version__)
 
     store.title("a. text, cut into tokens and windows in which copying pays")
     data = load_data(store, settings)
@@ -200,52 +199,15 @@ PROBES = (*SAMPLING, "probe_windows", "probe_plan", "window")
 TOKENS = (*SAMPLING, "measured_windows", "token_plan", "token_window")
 
 
-class Store:
-    """A folder with the arrays of each stage, kept for as long as what they depend on is the same.
-
-    Code is not part of that: after a change of the program, take another folder.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder, self.settings, self.start = folder, settings, time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def title(self, words: str) -> None:
-        print(f"\n[{time.perf_counter() - self.start:5.0f} s] {words}", flush=True)
-
-    def stage(
-        self,
-        name: str,
-        fields: Sequence[str],
-        compute: Callable[[], dict[str, Any]],
-        **depends: Any,
-    ) -> dict[str, np.ndarray]:
-        """The arrays of a stage: read, if they were made with these settings, or computed."""
-        array, note = (self.folder / f"{name}{suffix}" for suffix in (".npz", ".json"))
-        settings = {field: self.settings[field] for field in fields}
-        said = json.dumps([jp.__version__, settings, depends], default=vars, sort_keys=True)
-        fingerprint = hashlib.sha256(said.encode()).hexdigest()
-        if array.exists() and note.exists():
-            if json.loads(note.read_text())["fingerprint"] == fingerprint:
-                with np.load(array) as stored:
-                    return dict(stored)
-            print(f"   {name}: made with other settings, and made again")
-        start = time.perf_counter()
-        arrays = {key: np.asarray(value) for key, value in compute().items()}
-        seconds = time.perf_counter() - start
-        array.parent.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)
-        np.savez(array, **arrays)
-        # The note comes last: without it the arrays do not count.
-        note.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds, **depends}))
-        return arrays
+def chosen_settings(settings: Settings, fields: Sequence[str]) -> dict[str, Any]:
+    return {field: getattr(settings, field) for field in fields}
 
 
 def digest(array: np.ndarray) -> str:
     return text.fingerprint(array)[:16]
 
 
-def load_data(store: Store, settings: Settings) -> dict[str, np.ndarray]:
+def load_data(store: Stages, settings: Settings) -> dict[str, np.ndarray]:
     """Windows of training and of held-out files, their vocabulary, and a bigram model."""
 
     def compute() -> dict[str, Any]:
@@ -279,7 +241,7 @@ def load_data(store: Store, settings: Settings) -> dict[str, np.ndarray]:
             "share": share,
         }
 
-    data = store.stage("data", DATA, compute)
+    data = store.stage("data", compute, **chosen_settings(settings, DATA))
     count, length = data["train"].shape
     print(f"   {count} windows of {length} tokens to train on, the {data['share']:.0%} in which")
     print(f"   copying pays most, and {len(data['held_out'])} held out")
@@ -348,12 +310,12 @@ class Lab:
         return params, {"step": np.asarray(history.step), **history.metrics}
 
 
-def train_base(store: Store, lab: Lab) -> dict[str, np.ndarray]:
+def train_base(store: Stages, lab: Lab) -> dict[str, np.ndarray]:
     def compute() -> dict[str, Any]:
         key = jax.random.key(0)
         return lab.run(key, lab.settings.base_steps, watch=lab.watch_and_keep)[1]
 
-    return store.stage("base", BASE, compute)
+    return store.stage("base", compute, **chosen_settings(lab.settings, BASE))
 
 
 def formation(step: np.ndarray, prefix: np.ndarray) -> float:
@@ -386,7 +348,7 @@ def group_of(params: Any, names: Sequence[str]) -> jp.Restriction:
     return jp.union(params, *(heads[name] for name in names), *norms)
 
 
-def measure_probes(store: Store, lab: Lab, params: Any) -> tuple[jp.Response, np.ndarray]:
+def measure_probes(store: Stages, lab: Lab, params: Any) -> tuple[jp.Response, np.ndarray]:
     """χ of every head's excess loss to the tokens of some windows, and which these are."""
     settings, rows = lab.settings, tuple(heads_of(params))
     order = np.random.default_rng(1).permutation(settings.windows)
@@ -402,7 +364,7 @@ def measure_probes(store: Store, lab: Lab, params: Any) -> tuple[jp.Response, np
         found = {name: getattr(response, name)["tokens"] for name in by_probe}
         return found | {name: getattr(response, name) for name in by_row}
 
-    kept = store.stage("response", PROBES, measure)
+    kept = store.stage("response", measure, **chosen_settings(settings, PROBES))
     chi = kept["chi"]
     response = jp.Response(
         rows=rows, nbeta=jnp.float32(settings.nbeta), cost=0.0, num_samples=chi[0].size,
@@ -495,7 +457,7 @@ def areas_of(lab: Lab, score: np.ndarray, windows: Any = slice(None)) -> str:
 
 
 def score_tokens(
-    store: Store, lab: Lab, params: Any, groups: list[tuple[str, ...]], arms: Sequence[str]
+    store: Stages, lab: Lab, params: Any, groups: list[tuple[str, ...]], arms: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """A score for every training token and every idea of what is worth more weight, `[N, T]`.
 
@@ -518,7 +480,9 @@ def score_tokens(
             )  # fmt: skip
             return {"chi": found.chi["tokens"][0], "halves": found.halves["tokens"][:, 0]}
 
-        kept = store.stage(stage, TOKENS, measure, group=list(group), **changes)
+        kept = store.stage(
+            stage, measure, group=list(group), **chosen_settings(settings, TOKENS) | changes
+        )
         halves = np.corrcoef(*kept["halves"].reshape(2, -1))[0, 1]
         score = -kept["chi"]
         score = (score - score.mean()) / score.std()
@@ -560,8 +524,8 @@ def score_tokens(
     if "gradient" in arms:
         component = group_of(params, groups[main])
         kept = store.stage(
-            "gradient", MEASURE, lambda: {"s": gradient_similarity(lab, params, component)},
-            group=list(groups[main]),
+            "gradient", lambda: {"s": gradient_similarity(lab, params, component)},
+            group=list(groups[main]), **chosen_settings(settings, MEASURE),
         )  # fmt: skip
         scores["gradient"] = kept["s"]
     for name, other in scores.items():
@@ -718,7 +682,7 @@ def print_arms(lab: Lab, arms: dict[str, np.ndarray | None]) -> None:
 
 
 def retrain(
-    store: Store, lab: Lab, arms: dict[str, np.ndarray | None], seeds: int
+    store: Stages, lab: Lab, arms: dict[str, np.ndarray | None], seeds: int
 ) -> dict[str, dict[str, np.ndarray]]:
     """Curves of every arm, `[seed, record, …]`; all arms share starts and batches of a seed.
 
@@ -744,7 +708,9 @@ def retrain(
                 return lab.run(keys, depends["steps"], weights)[1]
 
             name = f"runs/{arm.replace(' ', '_')}-{first}"
-            curves[arm].append(store.stage(name, TRAINING, compute, **depends))
+            curves[arm].append(
+                store.stage(name, compute, **chosen_settings(lab.settings, TRAINING), **depends)
+            )
             last = curves[arm][-1]
             steps = [formation(s, p) for s, p in zip(last["step"], last["prefix"], strict=True)]
             formed = " ".join("never" if math.isinf(s) else f"{s:.0f}" for s in steps)
