@@ -3,6 +3,7 @@
 from jaxpattern.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, Interrupted
 from jaxpattern.components import components
 from jaxpattern.diagnostics import Summary, summarize
+from jaxpattern.distributed import is_first_process, mesh, shard_params
 from jaxpattern.inversion import (
     Intervention,
     InversionMethod,
@@ -26,6 +27,7 @@ from jaxpattern.metrics import (
 )
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
+from jaxpattern.processes import ProcessError, from_processes, start
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
 from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
@@ -72,6 +74,7 @@ __all__ = [
     "Plan",
     "Posterior",
     "PrincipalDirections",
+    "ProcessError",
     "Response",
     "Restriction",
     "ResultFileError",
@@ -93,9 +96,11 @@ __all__ = [
     "excess_loss",
     "extreme_tokens",
     "format_tokens",
+    "from_processes",
     "group_mean",
     "in_context_score",
     "induction_loss",
+    "is_first_process",
     "laplace",
     "least_norm",
     "llc",
@@ -104,6 +109,7 @@ __all__ = [
     "mala",
     "mean_by_token",
     "mean_loss",
+    "mesh",
     "pathwise",
     "prefix_matching_score",
     "previous_token_score",
@@ -118,7 +124,9 @@ __all__ = [
     "save",
     "sgld",
     "sgnht",
+    "shard_params",
     "solve_weights",
+    "start",
     "summarize",
     "susceptibilities",
     "sweep",

@@ -29,8 +29,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxpattern.distributed import is_first_process, put_as, to_host
 from jaxpattern.fingerprint import differences, digest, fingerprint
+from jaxpattern.processes import from_first, largest
 from jaxpattern.validation import check_number, is_concrete
 
 _FORMAT = 1
@@ -83,8 +86,11 @@ class Checkpoint:
 class Stage:
     """One loop of a run, whose position counts from 0 to `total`. Without a folder a no-op."""
 
-    def __init__(self, store: Store, name: str, total: int, final: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, store: Store, name: str, total: int, final: Callable[[Any], Any], lanes: int | None
+    ) -> None:
         self._store, self._name, self._total, self._final = store, name, total, final
+        self._lanes = lanes
         self._folder = store.folder / name if store.folder is not None else None
 
     @property
@@ -92,34 +98,64 @@ class Stage:
         """Whether there is a folder to save to."""
         return self._folder is not None
 
-    def resume(self, start: Callable[[], State]) -> tuple[int, State]:
-        """The newest state that can be read, with its position; else the start, at 0."""
+    def resume(self, start: Callable[[], State], mesh: Mesh | None = None) -> tuple[int, State]:
+        """The newest state that can be read, with its position; else the start, at 0.
+
+        A state goes where the start lies on the mesh, with lanes to fill up its devices.
+        """
         if self._folder is None:
             return 0, start()
-        found = _checkpoints(self._folder)
-        shapes = jax.eval_shape(start) if found else None
-        for path in found:
+        found = from_first(self._newest, CheckpointError)
+        if not found:
+            state = start()
+            check_not_traced(state)
+            return 0, state
+        header, content = found.split(b"\n", 1)
+        about = json.loads(header)
+        position = about["position"]
+        shapes = jax.eval_shape(lambda: self._portable(start()))
+        if position == self._total:
+            shapes = jax.eval_shape(self._final, shapes)
+        leaves, structure = jax.tree.flatten(shapes)
+        if about["leaves"] != [_spec(leaf) for leaf in leaves]:
+            raise CheckpointError(
+                f"{self._folder} holds a state of other arrays than this run has; it was written "
+                "by another version of the program: use another folder"
+            )
+        restored = _unpack(np.frombuffer(content, np.uint8), leaves, about["keys"])
+        state = jax.tree.unflatten(structure, restored)
+        if position == self._total:
+            return position, state
+        like = jax.eval_shape(start) if mesh is None else start()
+        return position, jax.tree.map(_put_like, state, like)
+
+    def _portable(self, state: Any) -> Any:
+        """A state without the lanes that only fill up the devices of a mesh."""
+        if self._lanes is None:
+            return state
+        return jax.tree.map(lambda leaf: leaf[: self._lanes], state)
+
+    def _newest(self) -> bytes:
+        """The newest checkpoint that can be read, what it says of itself first; or nothing."""
+        assert self._folder is not None
+        for path in _checkpoints(self._folder):
             try:
-                position, state = self._read(path, shapes)
-            except CheckpointError:
-                raise
+                about, content = self._read(path)
             except Exception as error:  # Orbax and TensorStore have no common class of errors
                 warnings.warn(
                     f"the checkpoint {path} is damaged and left out ({_short(error)}); the one "
                     "before it is taken, or the start",
                     CheckpointWarning,
-                    stacklevel=4,
+                    stacklevel=6,
                 )
                 if self._store.writable:
                     path.rename(path.with_suffix(".damaged"))
                 continue
-            if position < self._total:
+            if about["position"] < self._total:
                 self._store.check_writable()
-            return position, state
+            return json.dumps(about).encode() + b"\n" + content.tobytes()
         self._store.check_writable()
-        state = start()
-        check_not_traced(state)
-        return 0, state
+        return b""
 
     def chunks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
         """Pieces of [start, stop): of a size, or with a folder of a time."""
@@ -130,7 +166,7 @@ class Stage:
             end = min(start + size, stop)
             self._store.saving, before = 0.0, time.monotonic()
             yield start, end
-            elapsed = time.monotonic() - before - self._store.saving
+            (elapsed,) = largest(time.monotonic() - before - self._store.saving)
             if self._folder is not None:
                 size = 2 * size if elapsed < longest / 2 else max(1, size // 2)
             start = end
@@ -141,13 +177,15 @@ class Stage:
             return
         store, before = self._store, time.monotonic()
         done = position == self._total
-        if not (done or store.signal or before - store.last_save >= store.every):
+        number, due = map(int, largest(store.signal, before - store.last_save >= store.every))
+        if not (done or number or due):
             return
+        state = self._portable(state)
         saved = self._write(position, self._final(state) if done else state)
         store.last_save = time.monotonic()
         store.saving = store.last_save - before
-        if store.signal:
-            name = signal.Signals(store.signal).name
+        if number:
+            name = signal.Signals(number).name
             outcome = (
                 f"its state is in {store.folder}; the same call goes on from there"
                 if saved
@@ -158,35 +196,23 @@ class Stage:
 
     def drop_history(self) -> None:
         """Keep only the last checkpoint of a stage that is complete."""
-        if self._folder is not None:
+        if self._folder is not None and is_first_process():
             _prune(self._folder, 1)
 
-    def _read(self, path: Path, shapes: Any) -> tuple[int, Any]:
+    def _read(self, path: Path) -> tuple[dict[str, Any], np.ndarray]:
         from orbax.checkpoint import v1 as ocp
 
-        about = ocp.metadata(path).custom_metadata
-        if about["run"] != self._store.run:
-            raise ValueError("it is of another run")
-        position = about["position"]
-        if position == self._total:
-            shapes = jax.eval_shape(self._final, shapes)
-        leaves, structure = jax.tree.flatten(shapes)
-        if about["leaves"] != [_spec(leaf) for leaf in leaves]:
-            raise CheckpointError(
-                f"{path} holds a state of other arrays than this run has; it was written by "
-                "another version of the program: use another folder"
-            )
-        content = np.asarray(ocp.load(path)[0])
+        with _context():
+            about = ocp.metadata(path).custom_metadata
+            if about["run"] != self._store.run:
+                raise ValueError("it is of another run")
+            content = np.asarray(ocp.load(path)[0])
         if about["checksum"] != digest(content.data):
             raise ValueError("its checksum is wrong")
-        restored = _unpack(content, leaves, about["keys"])
-        return position, jax.tree.unflatten(structure, restored)
+        return about, content
 
     def _write(self, position: int, state: Any) -> bool:
         """Whether it could be saved; a warning says why not."""
-        from orbax.checkpoint import v1 as ocp
-
-        assert self._folder is not None
         leaves = jax.tree.leaves(state)
         check_not_traced(leaves)
         # One array of bytes: Orbax refuses arrays of size zero, and of several that cannot be
@@ -201,14 +227,17 @@ class Stage:
             },
             "checksum": digest(content.data),
         }
+        saved = from_first(lambda: bytes([self._keep(position, about, content)]), CheckpointError)
+        return bool(saved[0])
+
+    def _keep(self, position: int, about: dict[str, Any], content: np.ndarray) -> bool:
+        from orbax.checkpoint import v1 as ocp
+
+        assert self._folder is not None
         path = self._folder / f"{position:012d}"
-        # Folders are made before Orbax starts threads, which would wait minutes for one that
-        # cannot be made.
-        context = ocp.Context()
-        context.asynchronous.create_directories_asynchronously = False
         try:
             self._folder.mkdir(exist_ok=True)
-            with context:
+            with _context():
                 ocp.save(path, [content], custom_metadata=about, overwrite=True)
             _sync(self._folder)
         except Exception as error:  # a full disk is an OSError here and a ValueError there
@@ -219,7 +248,7 @@ class Stage:
                 f"goes on, and what it saved before is as it was "
                 f"(positions {', '.join(kept) or 'none'})",
                 CheckpointWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
             for rest in self._folder.glob(f"{path.name}.*"):
                 shutil.rmtree(rest, ignore_errors=True)
@@ -241,14 +270,21 @@ class Store:
         self._stages: list[Stage] = []
 
     def stage(
-        self, label: str, total: int, final: Callable[[Any], Any] = lambda state: state
+        self,
+        label: str,
+        total: int,
+        final: Callable[[Any], Any] = lambda state: state,
+        lanes: int | None = None,
     ) -> Stage:
-        """The next loop of the run; `final` is what is needed of its last state."""
+        """The next loop of the run; `final` is what is needed of its last state.
+
+        With `lanes` the leaves of its states have a leading axis, of which so many count.
+        """
         if self._stages:
             self._stages[-1].drop_history()
         words = "".join(c if c.isascii() and c.isalnum() else " " for c in label).split()
         name = "-".join([f"{len(self._stages):03d}", *words])[:80]
-        self._stages.append(Stage(self, name, total, final))
+        self._stages.append(Stage(self, name, total, final, lanes))
         return self._stages[-1]
 
     def check_writable(self) -> None:
@@ -275,7 +311,6 @@ def open_store(
         CheckpointError: the folder belongs to another run, holds other files, is in use by
             another process, or cannot be written to.
         TypeError: an argument is traced by jit, vmap or grad.
-        NotImplementedError: there are several JAX processes.
     """
     if checkpoint is None:
         yield Store()
@@ -283,19 +318,43 @@ def open_store(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     check_not_traced(arguments)
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"checkpoint needs a single JAX process, there are {jax.process_count()}"
-        )
     folder = Path(checkpoint.folder).absolute()
     lines = fingerprint(driver=driver, **arguments)
     with ExitStack() as stack:
-        writable = stack.enter_context(_locked(folder))
-        _claim(folder, lines, writable)
+
+        def claim() -> bytes:
+            writable = stack.enter_context(_locked(folder))
+            _claim(folder, lines, writable)
+            return bytes([writable])
+
+        writable = bool(from_first(claim, CheckpointError)[0])
         run = digest(json.dumps(lines, sort_keys=True).encode())
         store = Store(folder, float(checkpoint.every_seconds), run, writable)
         stack.enter_context(_signals(store))
         yield store
+
+
+def _context() -> Any:
+    """Orbax as the first process alone uses it.
+
+    Folders are made before it starts threads, which would wait minutes for one that cannot be.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    if jax.process_count() > 1:
+        context.multiprocessing.active_processes = {0}
+        context.multiprocessing.barrier_sync_key_prefix = "jaxpattern"
+    return context
+
+
+def _put_like(leaf: jax.Array, like: Any) -> jax.Array:
+    """A leaf where another lies, with copies of its last lane up to the same length."""
+    if leaf.shape != like.shape:
+        fill = jnp.repeat(leaf[-1:], like.shape[0] - leaf.shape[0], axis=0)
+        leaf = jnp.concatenate([leaf, fill])
+    return leaf if like.sharding is None else put_as(leaf, like.sharding)
 
 
 def check_not_traced(values: Any) -> None:
@@ -445,7 +504,7 @@ def _spec(leaf: Any) -> list[Any]:
 
 
 def _to_host(leaf: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    return to_host(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
 def _unpack(content: np.ndarray, like: list[Any], keys: dict[str, str]) -> list[jax.Array]:

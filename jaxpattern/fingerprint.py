@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpattern.distributed import to_host
+
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _PACKAGES = ("jax", "jaxlib", "blackjax", "optax", "numpy")
 _INSTALLED = tuple(
@@ -80,7 +82,7 @@ def _version(name: str) -> str:
 def _array(value: Any) -> str:
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return f"key {jax.random.key_impl(value)} {_array(jax.random.key_data(value))}"
-    array = np.asarray(value)
+    array = to_host(value)
     if array.dtype == object:
         return _ADDRESS.sub("", repr(value))
     short = f" {array.tolist()}" if array.size <= 4 else f" {digest(array.tobytes())[:12]}"

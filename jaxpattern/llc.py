@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern.checkpoint import Checkpoint, open_store
 from jaxpattern.diagnostics import summarize
+from jaxpattern.distributed import resolve_mesh
 from jaxpattern.posterior import Posterior
 from jaxpattern.sampling import (
     Plan,
@@ -85,6 +87,7 @@ def llc(
     *,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    mesh: Mesh | None = None,
 ) -> LocalLearningCoefficient:
     """λ̂ = nβ · mean_t [L_B(w_t) − L_B(w*)], both losses on the same fresh mini-batch B.
 
@@ -102,6 +105,7 @@ def llc(
             nβ, γ or checkpoints.
         checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
             arguments after an interruption, it goes on from there to the same bits.
+        mesh: where it runs, see `jaxpattern.mesh`; None: the current mesh, or one device.
 
     Returns:
         A `LocalLearningCoefficient`; errors from batch means.
@@ -116,13 +120,14 @@ def llc(
         Lau et al. 2023, arXiv 2308.12108; Wang et al. 2024, arXiv 2410.02984.
     """
     check_run(key, posterior, sampler, plan)
+    mesh = resolve_mesh(mesh)
     sampler = as_pytree_function(sampler)
     with open_store(
         checkpoint, "llc", key=key, posterior=posterior, sampler=sampler, plan=plan
     ) as store:
         chains = run_chains(
             key, posterior, sampler, plan, PairedExcessLoss(),
-            label="LLC", progress=progress, store=store,
+            label="LLC", progress=progress, store=store, mesh=mesh,
         )  # fmt: skip
     check_alive(chains.alive, ("",), posterior)
     alive = chains.alive[0]

@@ -17,7 +17,6 @@ import blackjax
 import jax
 import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
-from blackjax.util import generate_gaussian_noise
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
@@ -47,12 +46,28 @@ def sgld(*, step_size: float | Float[Array, ""]) -> Partial:
 
 
 def _sgld(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
-    algorithm = blackjax.sgld(posterior.grad_estimator)
+    def init(position: Position, rng_key: Key[Array, ""] | None = None) -> Position:
+        return position
 
     def step(key: Key[Array, ""], position: Position, minibatch: Any) -> Position:
-        return algorithm.step(key, position, minibatch, step_size / 2)
+        drift = posterior.grad_estimator(position, minibatch)
 
-    return SamplingAlgorithm(algorithm.init, step)
+        def move(w: Array, force: Array, xi: Array) -> Array:
+            return w + step_size / 2 * force + jnp.sqrt(step_size) * xi
+
+        return jax.tree.map(move, position, drift, gaussian_noise(key, position))
+
+    return SamplingAlgorithm(init, step)
+
+
+def gaussian_noise(key: Key[Array, ""], position: Position) -> Position:
+    """ξ ~ N(0, 1), drawn leaf by leaf: a leaf that is sharded gets its noise where it lies."""
+    leaves, treedef = jax.tree.flatten(position)
+    noise = [
+        jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, noise)
 
 
 class RmspropState(NamedTuple):
@@ -140,7 +155,7 @@ def _rmsprop(
             drift = posterior.nbeta * g + posterior.localization * (w - w0)
             return w - step / 2 * drift + jnp.sqrt(step) * xi
 
-        noise = generate_gaussian_noise(key, position)
+        noise = gaussian_noise(key, position)
         position = jax.tree.map(move, position, gradient, square, centre, noise)
         return RmspropState(position, square, num_steps + 1)
 
@@ -173,14 +188,34 @@ def sgnht(
     return Partial(_sgnht, step_size=step_size, friction=friction)
 
 
+class SgnhtState(NamedTuple):
+    """Position, momentum p, and thermostat ξ."""
+
+    position: Position
+    momentum: Position
+    thermostat: Float[Array, ""]
+
+
 def _sgnht(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
-    algorithm = blackjax.sgnht(posterior.grad_estimator, alpha=friction)
+    def init(position: Position, rng_key: Key[Array, ""]) -> SgnhtState:
+        momentum = gaussian_noise(rng_key, position)
+        return SgnhtState(position, momentum, jnp.asarray(friction, float))
 
-    def init(position: Position, rng_key: Key[Array, ""]) -> Any:
-        return blackjax.sgmcmc.sgnht.init(position, rng_key, jnp.asarray(friction, float))
-
-    def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
-        return algorithm.step(key, state, minibatch, jnp.sqrt(step_size / 2))
+    def step(key: Key[Array, ""], state: SgnhtState, minibatch: Any) -> SgnhtState:
+        h = jnp.sqrt(step_size / 2)
+        keep, scale = 1 - state.thermostat * h, jnp.sqrt(2 * friction * h)
+        force = posterior.grad_estimator(state.position, minibatch)
+        position = jax.tree.map(lambda w, p: w + h * p, state.position, state.momentum)
+        momentum = jax.tree.map(
+            lambda p, g, eta: keep * p + h * g + scale * eta,
+            state.momentum,
+            force,
+            gaussian_noise(key, state.momentum),
+        )
+        squares = [jnp.sum(p**2) for p in jax.tree.leaves(momentum)]
+        dimension = sum(p.size for p in jax.tree.leaves(momentum))
+        thermostat = state.thermostat + h * (sum(squares) / dimension - 1)
+        return SgnhtState(position, momentum, thermostat)
 
     return SamplingAlgorithm(init, step)
 

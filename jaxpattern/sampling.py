@@ -27,11 +27,20 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from tqdm import tqdm
 
 from jaxpattern.checkpoint import Checkpoint, Store, open_store
+from jaxpattern.distributed import (
+    fetch,
+    is_first_process,
+    over_lanes,
+    pad_lanes,
+    put,
+    resolve_mesh,
+)
 from jaxpattern.posterior import Posterior, Target, losses_in_chunks
 from jaxpattern.restriction import Restriction
 from jaxpattern.types import Params, Position
@@ -61,6 +70,9 @@ class Plan:
         num_batches: batches of draws a chain is cut into for standard errors. By default as many
             as make 20 over all chains. A batch should span many relaxation times.
         chunk: samples evaluated at a time in passes over probes and data, where memory is short.
+        chains_at_once: chains (of all components) that a device advances together while its
+            others wait, where memory is short; None: all it has. A fixed number also makes what
+            is compiled for a chain the same whatever the number of devices.
     """
 
     num_chains: int = 4
@@ -70,13 +82,14 @@ class Plan:
     batch_size: int | None = None
     num_batches: int | None = None
     chunk: int | None = None
+    chains_at_once: int | None = None
 
     def __post_init__(self) -> None:
         check_count("num_chains", self.num_chains, minimum=1)
         check_count("num_burnin", self.num_burnin, minimum=0)
         check_count("num_draws", self.num_draws, minimum=2)
         check_count("thin", self.thin, minimum=1)
-        for name in ("batch_size", "num_batches", "chunk"):
+        for name in ("batch_size", "num_batches", "chunk", "chains_at_once"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), minimum=1)
         if self.batches > self.num_draws:
@@ -304,63 +317,94 @@ def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
+class Lane(NamedTuple):
+    """One chain of one component: what tells it from the others."""
+
+    key: Key[Array, "*lanes"]
+    mirror: Float[Array, "*lanes"] | None
+    restriction: Restriction | None
+
+
+def make_lanes(
+    key: Key[Array, ""],
+    restrictions: Restriction | None,
+    component_ids: tuple[int, ...],
+    plan: Plan,
+    antithetic: bool,
+) -> Lane:
+    """All chains of some components in a row; twins share a key."""
+    keys = chain_keys(key, component_ids, plan.num_chains, antithetic).reshape(-1)
+    mirror = (-1.0) ** jnp.arange(plan.num_chains) if antithetic else None
+    return Lane(
+        key=keys,
+        mirror=None if mirror is None else jnp.tile(mirror, len(component_ids)),
+        restriction=jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, plan.num_chains, axis=0), restrictions
+        ),
+    )
+
+
+def unpack(lanes: PyTree[Array], num_components: int, num_chains: int) -> PyTree[Array]:
+    """`[lane, ...]` → `[component, chain, ...]`, without what only fills up the devices."""
+    total = num_components * num_chains
+    return jax.tree.map(
+        lambda leaf: leaf[:total].reshape(num_components, num_chains, *leaf.shape[1:]), lanes
+    )
+
+
 def over_chains(
-    function: Callable, posterior: Posterior, restrictions: Any, antithetic: bool = False
+    function: Callable,
+    posterior: Posterior,
+    shared: Any,
+    lanes: Lane,
+    plan: Plan,
+    mesh: Mesh | None,
 ) -> Callable:
-    """Vmap of a one-chain function over components (leading) and chains."""
+    """`function(posterior of the lane, shared, key, *args)` over all lanes."""
 
-    def one_chain(restriction: Restriction | None, mirror: Array | None, *args: Any) -> Any:
-        component = posterior if mirror is None else replace(posterior, mirror=mirror)
-        if restriction is not None:
-            component = replace(component, restriction=restriction)
-        return function(component, *args)
+    def one(shared: Any, lane: Lane, *args: Any) -> Any:
+        component, rest = shared
+        if lane.mirror is not None:
+            component = replace(component, mirror=lane.mirror)
+        if lane.restriction is not None:
+            component = replace(component, restriction=lane.restriction)
+        return function(component, rest, lane.key, *args)
 
-    def mapped(*args: Any) -> Any:
-        num_chains = jax.tree.leaves(args)[0].shape[1]
-        mirror = (-1.0) ** jnp.arange(num_chains) if antithetic else None
-        chains = jax.vmap(one_chain, in_axes=(None, 0, *(0 for _ in args)))
-        return jax.vmap(chains, in_axes=(0, None, *(0 for _ in args)))(restrictions, mirror, *args)
-
-    return mapped
+    mapped = over_lanes(one, mesh, plan.chains_at_once)
+    return lambda *args: mapped((posterior, shared), lanes, *args)
 
 
-@partial(jax.jit, static_argnames=("plan", "antithetic"))
-def _start_all(posterior, restrictions, sampler, recorder, keys, plan, antithetic):  # type: ignore[no-untyped-def]
-    start = lambda component, key: _start(component, sampler, recorder, plan, key)  # noqa: E731
-    return over_chains(start, posterior, restrictions, antithetic)(keys)
+@partial(jax.jit, static_argnames=("plan", "mesh"))
+def _start_all(posterior, sampler, recorder, lanes, plan, mesh):  # type: ignore[no-untyped-def]
+    def start(p: Posterior, shared: Any, key: Key[Array, ""]) -> Chain:
+        sampler, recorder = shared
+        return _start(p, sampler, recorder, plan, key)
+
+    return over_chains(start, posterior, (sampler, recorder), lanes, plan, mesh)()
 
 
-@partial(jax.jit, static_argnames=("plan", "antithetic"))
-def _init_all(posterior, restrictions, sampler, keys, plan, antithetic):  # type: ignore[no-untyped-def]
-    init = lambda component, key: _init(component, sampler, plan, key)  # noqa: E731
-    return over_chains(init, posterior, restrictions, antithetic)(keys)
+@partial(jax.jit, static_argnames=("plan", "mesh"))
+def _init_all(posterior, sampler, lanes, plan, mesh):  # type: ignore[no-untyped-def]
+    init = lambda p, sampler, key: _init(p, sampler, plan, key)  # noqa: E731
+    return over_chains(init, posterior, sampler, lanes, plan, mesh)()
 
 
-@partial(jax.jit, static_argnames=("plan", "antithetic", "static_bounds"))
-def _burn_all(  # type: ignore[no-untyped-def]
-    posterior, restrictions, sampler, chains, keys, bounds, plan, antithetic, static_bounds=None
-):
-    start, stop = static_bounds or bounds
-    burn = lambda p, chain, key: _burn(p, sampler, plan, chain, key, start, stop)  # noqa: E731
-    return over_chains(burn, posterior, restrictions, antithetic)(chains, keys)
+@partial(jax.jit, static_argnames=("plan", "mesh", "static_bounds"))
+def _burn_all(posterior, sampler, chains, lanes, bounds, plan, mesh, static_bounds=None):  # type: ignore[no-untyped-def]
+    def burn(p: Posterior, shared: Any, key: Key[Array, ""], chain: Chain) -> Chain:
+        sampler, bounds = shared
+        return _burn(p, sampler, plan, chain, key, *(static_bounds or bounds))
+
+    return over_chains(burn, posterior, (sampler, bounds), lanes, plan, mesh)(chains)
 
 
-@partial(jax.jit, static_argnames=("plan", "antithetic", "static_bounds"))
-def _draw_all(  # type: ignore[no-untyped-def]
-    posterior,
-    restrictions,
-    sampler,
-    recorder,
-    chains,
-    keys,
-    bounds,
-    plan,
-    antithetic,
-    static_bounds=None,
-):
-    start, stop = static_bounds or bounds
-    draw = lambda p, chain, key: _draw(p, sampler, recorder, plan, chain, key, start, stop)  # noqa: E731
-    return over_chains(draw, posterior, restrictions, antithetic)(chains, keys)
+@partial(jax.jit, static_argnames=("plan", "mesh", "static_bounds"))
+def _draw_all(posterior, sampler, recorder, chains, lanes, bounds, plan, mesh, static_bounds=None):  # type: ignore[no-untyped-def]
+    def draw(p: Posterior, shared: Any, key: Key[Array, ""], chain: Chain) -> Chain:
+        sampler, recorder, bounds = shared
+        return _draw(p, sampler, recorder, plan, chain, key, *(static_bounds or bounds))
+
+    return over_chains(draw, posterior, (sampler, recorder, bounds), lanes, plan, mesh)(chains)
 
 
 def chain_keys(
@@ -397,6 +441,7 @@ def run_chains(
     label: str = "sampling",
     progress: bool = True,
     store: Store | None = None,
+    mesh: Mesh | None = None,
 ) -> Chain:
     """All chains of some components of equal shape, as one program.
 
@@ -413,25 +458,33 @@ def run_chains(
         progress: show a progress line, and compute in chunks. Off, or when traced by `vmap` or
             `grad`, all draws are one loop of static length, which reverse mode can run through.
         store: where the chains are kept between chunks.
+        mesh: where the chains are dealt out.
 
     Returns:
-        A `Chain` whose leaves have leading axes `[component, chain]`; of a run that a store had
-        complete, without `state`.
+        A `Chain` without `state`, whose leaves have leading axes `[component, chain]`.
     """
-    posterior = _settle(posterior)
-    keys = chain_keys(key, component_ids, plan.num_chains, antithetic)
+    finish = partial(unpack, num_components=len(component_ids), num_chains=plan.num_chains)
+    posterior, sampler, recorder = put((_settle(posterior), sampler, recorder), mesh)
+    lanes = make_lanes(key, restrictions, component_ids, plan, antithetic)
+    lanes = put(pad_lanes(lanes, mesh, plan.chains_at_once), mesh, "chain")
+    total = plan.num_burnin + plan.num_draws
     stage = (store or Store()).stage(
-        label, plan.num_burnin + plan.num_draws, final=lambda chains: chains._replace(state=())
+        label,
+        total,
+        final=lambda chains: chains._replace(state=()),
+        lanes=len(component_ids) * plan.num_chains,
     )
     done, chains = stage.resume(
-        partial(_start_all, posterior, restrictions, sampler, recorder, keys, plan, antithetic)
+        partial(_start_all, posterior, sampler, recorder, lanes, plan, mesh), mesh
     )
-    burn = partial(_burn_all, posterior, restrictions, sampler)
-    draw = partial(_draw_all, posterior, restrictions, sampler, recorder)
-    arguments = jax.tree.leaves((key, posterior, restrictions, sampler, recorder))
+    burn = partial(_burn_all, posterior, sampler)
+    draw = partial(_draw_all, posterior, sampler, recorder)
+    arguments = jax.tree.leaves((lanes, posterior, sampler, recorder))
     if not (progress or stage.saves) or not all(map(is_concrete, arguments)):
-        chains = burn(chains, keys, None, plan, antithetic, (0, plan.num_burnin))
-        return draw(chains, keys, None, plan, antithetic, (0, plan.num_draws))
+        chains = burn(chains, lanes, None, plan, mesh, (0, plan.num_burnin))
+        chains = draw(chains, lanes, None, plan, mesh, (0, plan.num_draws))
+        return fetch(finish(chains._replace(state=())), mesh)
+    progress = progress and is_first_process()
     phases = ((burn, 0, plan.num_burnin, 1), (draw, plan.num_burnin, plan.num_draws, plan.thin))
     with tqdm(
         total=plan.num_steps, desc=label, unit="step", leave=False, disable=not progress
@@ -441,37 +494,39 @@ def run_chains(
             size = max(1, -(-total * thin * _PROGRESS_CHUNKS // plan.num_steps))
             size = -(-total // size) if total else 1
             for start, stop in stage.chunks(max(done - before, 0), total, size):
-                bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
-                chains = jax.block_until_ready(advance(chains, keys, bounds, plan, antithetic))
+                chains = advance(chains, lanes, _bounds(start, stop, mesh), plan, mesh)
+                jax.block_until_ready(chains)
                 bar.update((stop - start) * thin)
                 stage.save(before + stop, chains)
-    return chains
+    return fetch(finish(chains._replace(state=())), mesh)
+
+
+def _bounds(start: int, stop: int, mesh: Mesh | None) -> tuple[Array, Array]:
+    return put((jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)), mesh)
 
 
 def burn_in(
-    keys: Key[Array, "components chains"],
+    lanes: Lane,
     posterior: Posterior,
     sampler: Any,
     plan: Plan,
     num_steps: int,
     *,
-    restrictions: Restriction | None,
-    antithetic: bool,
+    num_lanes: int,
     label: str,
     store: Store | None,
+    mesh: Mesh | None,
 ) -> PyTree[Array]:
-    """The states of all chains after some steps of their burn-in."""
-    stage = (store or Store()).stage(label, num_steps)
-    done, chains = stage.resume(
-        partial(_init_all, posterior, restrictions, sampler, keys, plan, antithetic)
-    )
-    burn = partial(_burn_all, posterior, restrictions, sampler)
+    """The states of all lanes after some steps of their burn-in, on the mesh."""
+    stage = (store or Store()).stage(label, num_steps, lanes=num_lanes)
+    start_all = partial(_init_all, posterior, sampler, lanes, plan, mesh)
+    done, chains = stage.resume(start_all, mesh)
+    burn = partial(_burn_all, posterior, sampler)
     if not stage.saves and num_steps:
-        return burn(chains, keys, None, plan, antithetic, (0, num_steps)).state
+        return burn(chains, lanes, None, plan, mesh, (0, num_steps)).state
     for start, stop in stage.chunks(done, num_steps, num_steps):
-        bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
-        chains = jax.block_until_ready(burn(chains, keys, bounds, plan, antithetic))
-        stage.save(stop, chains)
+        chains = burn(chains, lanes, _bounds(start, stop, mesh), plan, mesh)
+        stage.save(stop, jax.block_until_ready(chains))
     return chains.state
 
 
@@ -613,6 +668,7 @@ def sample(
     *,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    mesh: Mesh | None = None,
 ) -> PyTree[Float[Array, "chains draws ..."]]:
     """Traces of anything computed from the weights along the chains.
 
@@ -625,6 +681,7 @@ def sample(
         progress: show a progress line. Without it the whole run is one pure function.
         checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
             arguments after an interruption, it goes on from there to the same bits.
+        mesh: where it runs, see `jaxpattern.mesh`; None: the current mesh, or one device.
 
     Returns:
         The pytree of `observe`, its leaves with leading axes `[chain, draw]`. Draws of a chain
@@ -637,6 +694,7 @@ def sample(
         TypeError, ValueError: an argument does not fit.
     """
     check_run(key, posterior, sampler, plan)
+    mesh = resolve_mesh(mesh)
     check_function("observe", observe, "a function of params", num_arguments=1)
     recorder = _Trace(as_pytree_function(observe))
     _check_trace(jax.eval_shape(lambda p: _arrays(observe(p.embed(p.centre))), posterior))
@@ -646,7 +704,7 @@ def sample(
     ) as store:  # fmt: skip
         chains = run_chains(
             key, posterior, as_pytree_function(sampler), plan, recorder,
-            progress=progress, store=store,
+            progress=progress, store=store, mesh=mesh,
         )  # fmt: skip
     check_alive(chains.alive, ("",), posterior)
     return jax.tree.map(lambda leaf: leaf[0], chains.accumulator)

@@ -12,10 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 from tqdm import tqdm
 
 from jaxpattern.checkpoint import Checkpoint, open_store
+from jaxpattern.distributed import (
+    axis_size,
+    cut,
+    fetch,
+    is_first_process,
+    over_lanes,
+    pad_lanes,
+    put,
+    resolve_mesh,
+)
 from jaxpattern.posterior import Minibatch, check_finite_losses, check_loss, normalise_weights
 from jaxpattern.sampling import as_pytree_function
 from jaxpattern.types import Batch, LossFn, Params
@@ -71,6 +82,7 @@ def train(
     record_every: int | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, History]:
     """Minimise L(w) = Σ_j ρ_j ℓ_j(w) / Σ_j ρ_j with an optax optimizer.
 
@@ -93,6 +105,9 @@ def train(
         progress: show a progress line. Without it the run is one pure function, to be vmapped.
         checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
             arguments after an interruption, it goes on from there to the same bits.
+        mesh: where it runs, see `jaxpattern.mesh`; None: the current mesh, or one device. Seeds are
+            dealt out over `chain`; the samples of a batch are cut over `data`, which changes
+            the order of sums and so the last bits.
 
     Returns:
         The trained parameters and a `History`. A step whose loss or gradient is not finite
@@ -104,6 +119,7 @@ def train(
         TypeError, ValueError: an argument does not fit.
     """
     seeds = _check_train_key(key)
+    mesh = resolve_mesh(mesh)
     check_params("params", params)
     num_samples = batch_length("data", data)
     check_count("num_steps", num_steps, minimum=1)
@@ -127,7 +143,12 @@ def train(
     if weighting == "sampling" and not holds(lambda x: x.min() >= 0, weighted.weights):
         raise ValueError("weights must not be negative with weighting='sampling'")
 
-    run = _Run(loss_fn, optimizer, num_steps, batch_size, weighting, record_every)
+    if batch_size % axis_size(mesh, "data"):
+        raise ValueError(
+            f"batch_size must be a multiple of {axis_size(mesh, 'data')}, the size of the data "
+            f"axis of the mesh, got {batch_size}"
+        )
+    run = _Run(loss_fn, optimizer, num_steps, batch_size, weighting, record_every, mesh)
     metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})
     concrete = all(map(is_concrete, jax.tree.leaves((key, params, weighted))))
     with open_store(
@@ -138,26 +159,39 @@ def train(
         data=data,
         weights=weighted.weights,
         metrics=metrics,
-        **run._asdict(),
+        **{name: value for name, value in run._asdict().items() if name != "mesh"},
     ) as store:
-        stage = store.stage("training", num_steps, final=lambda state: state._replace(optimizer=()))
-        done, state = stage.resume(partial(_start, run, params, metrics, seeds))
+        stage = store.stage(
+            "training", num_steps, final=lambda state: state._replace(optimizer=()), lanes=seeds
+        )
+        weighted, metrics = put((weighted, metrics), mesh)
+        along = () if seeds is None else ("chain",)
+        if seeds is not None:
+            key, params = pad_lanes((key, params), mesh)
+        key, params = put((key, params), mesh, *along)
+        done, state = stage.resume(partial(_start, run, params, metrics, seeds), mesh)
         if not (progress or stage.saves) or not concrete:
             state = _advance(run, state, key, weighted, metrics, None, (0, num_steps))
         else:
+            progress = progress and is_first_process()
             size = max(1, -(-num_steps // 50))
             with tqdm(
                 total=num_steps, initial=done, desc="training", unit="step", leave=False,
                 disable=not progress,
             ) as bar:  # fmt: skip
                 for start, stop in stage.chunks(done, num_steps, size):
-                    bounds = (jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
+                    bounds = jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
+                    bounds = put(bounds, mesh)
                     state = _advance(run, state, key, weighted, metrics, bounds)
                     state = jax.block_until_ready(state)
-                    if progress:
+                    if progress and state.loss.is_fully_addressable:
                         bar.set_postfix(loss=f"{float(jnp.mean(state.loss[..., start:stop])):.3f}")
                     bar.update(stop - start)
                     stage.save(stop, state)
+        state = state._replace(optimizer=())
+        if seeds is not None:
+            state = jax.tree.map(lambda leaf: leaf[:seeds], state)
+        state = fetch(state, mesh)
     skipped = state.skipped
     if is_concrete(skipped) and bool(jnp.any(skipped > 0)):
         warnings.warn(
@@ -177,6 +211,7 @@ class _Run(NamedTuple):
     batch_size: int
     weighting: str
     record_every: int | None
+    mesh: Mesh | None
 
     @property
     def every(self) -> int:
@@ -204,7 +239,9 @@ def _start(run: _Run, params: Params, metrics: Any, seeds: int | None) -> _State
             skipped=jnp.zeros((), jnp.int32),
         )
 
-    return one(params) if seeds is None else jax.vmap(one)(params)
+    if seeds is None:
+        return one(params)
+    return over_lanes(lambda _, params: one(params), run.mesh)((), params)
 
 
 @partial(jax.jit, static_argnames=("run", "static_bounds"))
@@ -218,6 +255,22 @@ def _advance(
     static_bounds: tuple[int, int] | None = None,
 ) -> _State:
     """Steps [start, stop) of the run, of all seeds."""
+    steps = partial(_steps, run, static_bounds=static_bounds)
+    shared = (weighted, metrics, bounds)
+    if key.ndim == 0:
+        return steps(shared, state, key)
+    return over_lanes(steps, run.mesh)(shared, state, key)
+
+
+def _steps(
+    run: _Run,
+    shared: tuple[Minibatch, Any, tuple[Array, Array] | None],
+    state: _State,
+    key: Key[Array, ""],
+    *,
+    static_bounds: tuple[int, int] | None,
+) -> _State:
+    weighted, metrics, bounds = shared
     start, stop = static_bounds or bounds  # type: ignore[misc]
     row_weights = weighted.weights.reshape(weighted.weights.shape[0], -1).sum(axis=1)
     cumulative = jnp.cumsum(row_weights)
@@ -232,8 +285,8 @@ def _advance(
         rows = row_weights[index].reshape(-1, *(1,) * (weights.ndim - 1))
         return Minibatch(batch, weights / rows)
 
-    def step(t: Array, state: _State, key: Key[Array, ""]) -> _State:
-        batch, weights = choose(jax.random.fold_in(key, t))
+    def step(t: Array, state: _State) -> _State:
+        batch, weights = cut(choose(jax.random.fold_in(key, t)), run.mesh, "data")
         total = jnp.sum(weights)
 
         def objective(params: Params) -> Array:
@@ -265,10 +318,7 @@ def _advance(
             skipped=state.skipped + ~finite,
         )
 
-    def steps(state: _State, key: Key[Array, ""]) -> _State:
-        return jax.lax.fori_loop(start, stop, lambda t, s: step(t, s, key), state)
-
-    return steps(state, key) if key.ndim == 0 else jax.vmap(steps)(state, key)
+    return jax.lax.fori_loop(start, stop, step, state)
 
 
 def _check_train_key(key: Any) -> int | None:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, PyTree
 from tqdm import tqdm
 
 from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
+from jaxpattern.distributed import fetch, is_first_process, pad_lanes, put
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.problem import ComponentGroup, Problem
 from jaxpattern.response.step import GivenGradient, floats_of
@@ -25,10 +27,11 @@ from jaxpattern.sampling import (
     all_finite,
     build_kernel,
     burn_in,
-    chain_keys,
+    make_lanes,
     over_chains,
     position_of,
     streams_of,
+    unpack,
 )
 from jaxpattern.types import Position
 from jaxpattern.validation import is_concrete
@@ -401,20 +404,27 @@ def _rowwise(keep: Array, leaf: Array, other: float) -> Array:
     return jnp.where(keep.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, other)
 
 
-@partial(jax.jit, static_argnames=("plan", "layout"))
-def _start_all(posterior, restrictions, sampler, problem, states, keys, plan, layout):  # type: ignore[no-untyped-def]
-    start = lambda p, state, key: _start(p, sampler, plan, problem, layout, state, key)  # noqa: E731
-    return over_chains(start, posterior, restrictions, layout.antithetic)(states, keys)
+@partial(jax.jit, static_argnames=("plan", "layout", "mesh"))
+def _start_all(posterior, sampler, problem, states, lanes, plan, layout, mesh):  # type: ignore[no-untyped-def]
+    def start(p: Posterior, shared: Any, key: Key[Array, ""], state: PyTree[Array]) -> AdjointChain:
+        sampler, problem = shared
+        return _start(p, sampler, plan, problem, layout, state, key)
+
+    return over_chains(start, posterior, (sampler, problem), lanes, plan, mesh)(states)
 
 
-@partial(jax.jit, static_argnames=("plan", "layout"))
+@partial(jax.jit, static_argnames=("plan", "layout", "mesh"))
 def _segment_all(  # type: ignore[no-untyped-def]
-    posterior, restrictions, sampler, problem, growth_limit, chains, keys, index, plan, layout
+    posterior, sampler, problem, growth_limit, chains, lanes, index, plan, layout, mesh
 ):
-    def segment(p: Posterior, chain: AdjointChain, chain_key: Key[Array, ""]) -> AdjointChain:
-        return _segment(p, sampler, plan, problem, layout, growth_limit, chain, chain_key, index)
+    def segment(
+        p: Posterior, shared: Any, key: Key[Array, ""], chain: AdjointChain
+    ) -> AdjointChain:
+        sampler, problem, growth_limit, index = shared
+        return _segment(p, sampler, plan, problem, layout, growth_limit, chain, key, index)
 
-    return over_chains(segment, posterior, restrictions, layout.antithetic)(chains, keys)
+    shared = (sampler, problem, growth_limit, index)
+    return over_chains(segment, posterior, shared, lanes, plan, mesh)(chains)
 
 
 def run_adjoint(
@@ -428,34 +438,41 @@ def run_adjoint(
     group: ComponentGroup,
     progress: bool,
     store: Store | None = None,
+    mesh: Mesh | None = None,
 ) -> AdjointChain:
     """All chains of a group of components."""
-    keys = chain_keys(key, group.ids, plan.num_chains, layout.antithetic)
     label = f"pathwise χ {group.label}".strip()
+    num_lanes = len(group.ids) * plan.num_chains
+    show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
+    posterior, sampler, limit = put((posterior, sampler, growth_limit), mesh)
+    problem = problem.on(mesh)
+    lanes = make_lanes(key, group.restrictions, group.ids, plan, layout.antithetic)
+    lanes = put(pad_lanes(lanes, mesh, plan.chains_at_once), mesh, "chain")
     states = burn_in(
-        keys, posterior, sampler, plan, max(0, plan.num_burnin - layout.keep),
-        restrictions=group.restrictions, antithetic=layout.antithetic,
-        label=f"{label} burn-in", store=store,
+        lanes, posterior, sampler, plan, max(0, plan.num_burnin - layout.keep),
+        num_lanes=num_lanes, label=f"{label} burn-in", store=store, mesh=mesh,
     )  # fmt: skip
     stage = (store or Store()).stage(
-        label, layout.num_segments, final=lambda chains: chains._replace(state=(), buffer=())
+        label,
+        layout.num_segments,
+        final=lambda chains: chains._replace(state=(), buffer=()),
+        lanes=num_lanes,
     )
-    restrictions = group.restrictions
     done, chains = stage.resume(
-        partial(_start_all, posterior, restrictions, sampler, problem, states, keys, plan, layout)
+        partial(_start_all, posterior, sampler, problem, states, lanes, plan, layout, mesh), mesh
     )
-    show = progress and all(map(is_concrete, jax.tree.leaves((key, posterior, sampler))))
     with tqdm(
         total=layout.num_segments, initial=done, desc=label, unit="segment", leave=False,
-        disable=not show,
+        disable=not (show and is_first_process()),
     ) as bar:  # fmt: skip
         for index in range(done, layout.num_segments):
             chains = _segment_all(
-                posterior, group.restrictions, sampler, problem, growth_limit, chains, keys,
-                jnp.asarray(index, jnp.int32), plan, layout,
+                posterior, sampler, problem, limit, chains, lanes,
+                put(jnp.asarray(index, jnp.int32), mesh), plan, layout, mesh,
             )  # fmt: skip
             if show or stage.saves:
                 jax.block_until_ready(chains)
                 bar.update()
             stage.save(index + 1, chains)
-    return chains
+    chains = chains._replace(state=(), buffer=())
+    return fetch(unpack(chains, len(group.ids), plan.num_chains), mesh)

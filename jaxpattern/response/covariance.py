@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern import moments
@@ -66,12 +67,16 @@ def covariance(
         rows: tuple[str, ...],
         progress: bool,
         store: Store | None = None,
+        mesh: Mesh | None = None,
     ) -> Response:
         if form == "hybrid" and groups[0].restrictions is None:
             raise ValueError("form='hybrid' compares components with all weights: give components")
         if direct:
             check_direct(problem)
-        run = partial(_run, key, posterior, sampler, plan, progress=progress, store=store)
+        run = partial(
+            _run, key, posterior, sampler, plan, progress=progress, store=store,
+            mesh=mesh,
+        )  # fmt: skip
         # Component ids count from 0; the chains over all weights come after the last of them.
         everything = ComponentGroup(("all weights",), (sum(len(g.ids) for g in groups),), None)
         full = None
@@ -140,18 +145,20 @@ def _run(
     *,
     progress: bool,
     store: Store | None,
+    mesh: Mesh | None,
 ) -> Chain:
     chains = run_chains(
         key,
         posterior,
         sampler,
         plan,
-        _CoMoments(problem),
+        _CoMoments(problem.on(mesh)),
         restrictions=group.restrictions,
         component_ids=group.ids,
         label=f"χ {group.label}".strip(),
         progress=progress,
         store=store,
+        mesh=mesh,
     )
     check_alive(chains.alive, group.names, posterior)
     return chains

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from jaxpattern.checkpoint import Store
@@ -67,8 +68,9 @@ def laplace(
         rows: tuple[str, ...],
         progress: bool,
         store: Store | None = None,
+        mesh: Mesh | None = None,
     ) -> Response:
-        del sampler, progress, store
+        del sampler, progress, store, mesh
         parts: dict[int, Part] = {}
         for group in groups:
             for position, index in enumerate(group.ids):

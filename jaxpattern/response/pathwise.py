@@ -81,6 +81,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key
 
 from jaxpattern.checkpoint import Store
@@ -193,6 +194,7 @@ def pathwise(
         rows: tuple[str, ...],
         progress: bool,
         store: Store | None = None,
+        mesh: Mesh | None = None,
     ) -> Response:
         if not build_kernel(posterior, sampler, plan).takes_minibatch:
             raise TypeError(
@@ -217,13 +219,14 @@ def pathwise(
         if mode == "tangent" or (mode == "auto" and forwards < cost):
             return tangent_response(
                 key, posterior, sampler, plan, problem, groups, rows, probe_batch, antithetic,
-                progress, store,
+                progress, store, mesh,
             )  # fmt: skip
         parts: dict[int, Part] = {}
         for group in groups:
             chains = run_adjoint(
-                key, posterior, sampler, plan, problem, layout, growth_limit, group, progress, store
-            )
+                key, posterior, sampler, plan, problem, layout, growth_limit, group, progress,
+                store, mesh,
+            )  # fmt: skip
             check_alive(chains.alive, group.names, posterior)
             for position, index in enumerate(group.ids):
                 chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
@@ -246,7 +249,7 @@ def pathwise(
             )
             if on_growth == "covariance":
                 other = covariance(direct=direct)(
-                    key, posterior, sampler, plan, problem, groups, rows, progress, store
+                    key, posterior, sampler, plan, problem, groups, rows, progress, store, mesh
                 )
                 response = _choose(response, other, grown)
         return group_mean(response) if mode == "auto" else response

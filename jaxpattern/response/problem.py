@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from jaxpattern.checkpoint import Store
+from jaxpattern.distributed import put, put_rows
 from jaxpattern.posterior import Minibatch, Posterior, check_loss, losses_in_chunks
 from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction, check_restriction
@@ -94,6 +96,16 @@ class Problem:
                 excess = self._mean_over_reference(deviations[name])
         return excess, {name: deviation - excess for name, deviation in deviations.items()}
 
+    def on(self, mesh: Mesh | None) -> Problem:
+        """The problem on a mesh, with the probes and their losses cut over its axis `data`."""
+        if mesh is None:
+            return self
+        return replace(
+            put(replace(self, probes={}, probe_baseline={}), mesh),
+            probes={n: put_rows(f"probes[{n!r}]", x, mesh) for n, x in self.probes.items()},
+            probe_baseline=put(self.probe_baseline, mesh, "data"),
+        )
+
     @property
     def observed_samples(self) -> int:
         """Samples behind the rows; only observables that count theirs are counted."""
@@ -146,10 +158,11 @@ class Estimator(Protocol):
         rows: tuple[str, ...],
         progress: bool,
         store: Store | None = None,
+        mesh: Mesh | None = None,
     ) -> Response:
         """The response matrix, rows in the order of `rows`: components, then observables.
 
-        An estimator that samples hands the store on to `run_chains`, or keeps its loops there.
+        An estimator that samples hands store and mesh on to `run_chains`, or keeps its loops there.
         """
 
 

@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from jaxpattern.checkpoint import Checkpoint, open_store
+from jaxpattern.distributed import resolve_mesh
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.pathwise import pathwise
@@ -34,6 +36,7 @@ def susceptibilities(
     reference: Batch | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    mesh: Mesh | None = None,
 ) -> Response:
     """The response matrix χ_z(φ) = −Cov_p[φ, ℓ_z − L], with standard errors.
 
@@ -60,6 +63,7 @@ def susceptibilities(
             a pure function.
         checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
             arguments after an interruption, it goes on from there to the same bits.
+        mesh: where it runs, see `jaxpattern.mesh`; None: the current mesh, or one device.
 
     Returns:
         A `Response` with rows named `observable`, `component`, or `component/observable`.
@@ -74,6 +78,7 @@ def susceptibilities(
         Baker et al. 2025, arXiv 2504.18274; Wang & Murfet 2026, arXiv 2601.13548.
     """
     check_run(key, posterior, sampler, plan)
+    mesh = resolve_mesh(mesh)
     if components is not None:
         components = named("components", components)
     if observables is not None:
@@ -100,12 +105,12 @@ def susceptibilities(
         raise ValueError(f"names of components and observables make two rows alike: {rows}")
     sampler = as_pytree_function(sampler)
     arguments = (key, posterior, sampler, plan, problem, groups, rows, progress)
-    if checkpoint is None:
+    if checkpoint is None and mesh is None:
         return estimator(*arguments)
-    check_function("estimator", estimator, "one that takes a store", num_arguments=9)
+    check_function("estimator", estimator, "one that takes a store and a mesh", num_arguments=10)
     with open_store(
         checkpoint, "susceptibilities", key=key, posterior=posterior, sampler=sampler, plan=plan,
         observables=observables, probes=probes, estimator=estimator, components=components,
         reference=reference, reference_probe=problem.reference_probe,
     ) as store:  # fmt: skip
-        return estimator(*arguments, store)
+        return estimator(*arguments, store, mesh)

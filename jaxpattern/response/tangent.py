@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
+from jaxpattern.distributed import put
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
 from jaxpattern.response.problem import ComponentGroup, Problem
@@ -190,9 +192,12 @@ def tangent_response(
     antithetic: bool,
     progress: bool,
     store: Store | None = None,
+    mesh: Mesh | None = None,
 ) -> Response:
     """The data-mixture response: a column a probe set, of all observables at once."""
-    tangent_sampler = TangentSampler(sampler, problem, probe_batch)
+    # Probes are drawn from at each step, and lie everywhere.
+    spread = put(problem, mesh)
+    tangent_sampler = TangentSampler(sampler, spread, probe_batch)
     parts: dict[int, Part] = {}
     for group in groups:
         chains = run_chains(
@@ -200,13 +205,14 @@ def tangent_response(
             posterior,
             tangent_sampler,
             plan,
-            TangentRecorder(problem),
+            TangentRecorder(spread),
             restrictions=group.restrictions,
             component_ids=group.ids,
             antithetic=antithetic,
             label=f"tangent χ {group.label}".strip(),
             progress=progress,
             store=store,
+            mesh=mesh,
         )
         check_alive(chains.alive, group.names, posterior)
         for position, index in enumerate(group.ids):
