@@ -12,6 +12,7 @@ the same bits however it is cut into chunks, so nothing else needs to be kept.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -177,7 +178,8 @@ class Stage:
             return
         store, before = self._store, time.monotonic()
         done = position == self._total
-        number, due = map(int, largest(store.signal, before - store.last_save >= store.every))
+        late = before - store.last_save >= store.every
+        number, due = map(int, largest(float(store.signal), float(late)))
         if not (done or number or due):
             return
         state = self._portable(state)
@@ -334,7 +336,8 @@ def open_store(
         yield store
 
 
-def _context() -> Any:
+@contextmanager
+def _context() -> Iterator[None]:
     """Orbax as the first process alone uses it.
 
     Folders are made before it starts threads, which would wait minutes for one that cannot be.
@@ -343,17 +346,29 @@ def _context() -> Any:
 
     context = ocp.Context()
     context.asynchronous.create_directories_asynchronously = False
-    if jax.process_count() > 1:
-        context.multiprocessing.active_processes = {0}
-        context.multiprocessing.barrier_sync_key_prefix = "jaxpattern"
-    return context
+    if jax.process_count() == 1:
+        with context:
+            yield
+        return
+    context.multiprocessing.active_processes = {0}
+    context.multiprocessing.barrier_sync_key_prefix = "jaxpattern"
+    # Orbax 0.12.8 compares the path in all processes even where one is active.
+    execution: Any = importlib.import_module(
+        "orbax.checkpoint.experimental.v1._src.saving.execution"
+    )
+    check = execution._check_directory_consistency
+    execution._check_directory_consistency = lambda directory: None
+    try:
+        with context:
+            yield
+    finally:
+        execution._check_directory_consistency = check
 
 
 def _put_like(leaf: jax.Array, like: Any) -> jax.Array:
     """A leaf where another lies, with copies of its last lane up to the same length."""
     if leaf.shape != like.shape:
-        fill = jnp.repeat(leaf[-1:], like.shape[0] - leaf.shape[0], axis=0)
-        leaf = jnp.concatenate([leaf, fill])
+        leaf = leaf[jnp.minimum(jnp.arange(like.shape[0]), leaf.shape[0] - 1)]
     return leaf if like.sharding is None else put_as(leaf, like.sharding)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.diagnostics import effective_sample_size, rhat
 from jaxtyping import Array, Bool, Float
 
 from jaxpattern.validation import check_count, is_concrete
@@ -53,6 +53,7 @@ def summarize(
 
 @partial(jax.jit, static_argnames="num_batches")
 def _summarize(trace: Array, alive: Array, num_batches: int) -> Summary:
+    measure = import_blackjax().diagnostics
     means = batch_means(trace, num_batches)
     weight = jnp.broadcast_to(alive[:, None], means.shape)
     total = jnp.sum(weight)
@@ -62,8 +63,8 @@ def _summarize(trace: Array, alive: Array, num_batches: int) -> Summary:
     return Summary(
         mean=jnp.sum(jnp.where(alive[:, None], trace, 0.0)) / (alive.sum() * trace.shape[1]),
         stderr=jnp.sqrt(squares / (total - 1) / total),
-        rhat=rhat(trace) if enough else jnp.asarray(jnp.nan, trace.dtype),
-        ess=jnp.asarray(effective_sample_size(trace) if enough else jnp.nan, trace.dtype),
+        rhat=measure.rhat(trace) if enough else jnp.asarray(jnp.nan, trace.dtype),
+        ess=jnp.asarray(measure.effective_sample_size(trace) if enough else jnp.nan, trace.dtype),
     )
 
 
@@ -81,3 +82,12 @@ def batch_means(
 def batch_of(draw: Array, num_draws: int, num_batches: int) -> Array:
     """The batch that a draw belongs to."""
     return draw * num_batches // num_draws
+
+
+def import_blackjax() -> Any:
+    """blackjax, which computes when it is imported: not before it is used, nor within a trace.
+
+    A backend of JAX that has started cannot be joined to other processes any more.
+    """
+    with jax.ensure_compile_time_eval():
+        return importlib.import_module("blackjax")

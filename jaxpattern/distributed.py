@@ -72,7 +72,7 @@ def mesh(
     )
 
 
-def resolve_mesh(given: Mesh | None) -> Mesh | None:
+def resolve_mesh(given: Any) -> Mesh | None:
     """The mesh of a driver: the one given, else the current one of `jax.set_mesh`, else none.
 
     Raises:
@@ -172,7 +172,7 @@ def fetch(tree: T, mesh: Mesh | None) -> T:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             impl = jax.random.key_impl(leaf)
             return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=impl)
-        return jax.device_put(to_host(leaf), mesh.local_devices[0])
+        return jnp.asarray(to_host(leaf))  # uncommitted: it goes with whatever it meets
 
     return jax.tree.map(whole, tree)
 
@@ -254,7 +254,7 @@ def pad_lanes(tree: T, mesh: Mesh | None, at_once: int | None = None) -> T:
         missing = -(-each // block) * block * parts - leaf.shape[0]
         if not missing:
             return leaf
-        return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)])
+        return leaf[jnp.minimum(jnp.arange(leaf.shape[0] + missing), leaf.shape[0] - 1)]
 
     return jax.tree.map(pad, tree)
 

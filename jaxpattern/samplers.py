@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import blackjax
 import jax
 import jax.numpy as jnp
-from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
+from jaxpattern.diagnostics import import_blackjax
 from jaxpattern.posterior import Posterior, Target
-from jaxpattern.types import Position
+from jaxpattern.types import Position, SamplingAlgorithm
 from jaxpattern.validation import check_number, is_concrete
 
 
@@ -240,7 +239,7 @@ def mala(*, step_size: float | Float[Array, ""]) -> Partial:
 
 
 def _mala(posterior: Posterior, *, step_size: Any) -> SamplingAlgorithm:
-    return blackjax.mala(posterior.logdensity, step_size / 2)
+    return SamplingAlgorithm(*import_blackjax().mala(posterior.logdensity, step_size / 2))
 
 
 def relaxation_steps(sampler: Any, posterior: Posterior) -> float | None:

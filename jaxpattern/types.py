@@ -1,7 +1,7 @@
 """Names for the pytrees that pass through the package."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxtyping import Array, Float, PyTree
 
@@ -22,3 +22,14 @@ LossFn: TypeAlias = Callable[[Params, Batch], Losses]
 
 Observable: TypeAlias = Callable[[Params], Float[Array, ""]]
 """A scalar function φ of the weights."""
+
+
+class SamplingAlgorithm(NamedTuple):
+    """A sampler on a posterior: init and step, in the shape of blackjax.
+
+    Not its class itself: importing blackjax starts a backend of JAX, after which processes can no
+    longer join (`jaxpattern.start`).
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]

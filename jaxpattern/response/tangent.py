@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import SamplingAlgorithm
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
@@ -32,7 +31,7 @@ from jaxpattern.response.problem import ComponentGroup, Problem
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import GivenGradient, floats_of
 from jaxpattern.sampling import Plan, check_alive, position_of, run_chains, write_draw
-from jaxpattern.types import Position
+from jaxpattern.types import Position, SamplingAlgorithm
 
 
 class TangentState(NamedTuple):

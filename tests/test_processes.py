@@ -1,0 +1,153 @@
+"""Several real processes on one machine: the same bits, and bounded trouble."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoint_program as program
+import jax
+import numpy as np
+import pytest
+from test_distributed import near
+
+import jaxpattern as jp
+
+PROGRAM = Path(__file__).with_name("process_program.py")
+
+
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def launch(folder, driver, *rest, number=2, devices=2, indices=None, environment=None):
+    """Start the processes of a run."""
+    address = free_address()
+    folder.mkdir(exist_ok=True)
+    started = []
+    for index in indices if indices is not None else range(number):
+        variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number),
+                     "JAX_PROCESS_ID": str(index)} if environment else {}  # fmt: skip
+        command = [sys.executable, PROGRAM, "" if environment else address, str(number),
+                   str(index), str(devices), driver, folder, *rest]  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables | (environment or {}),
+            )
+        )  # fmt: skip
+    return started
+
+
+def finish(processes, seconds=240):
+    """Exit statuses and what was said; nothing outlives a test."""
+    try:
+        said = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return [process.returncode for process in processes], said
+
+
+def leaves(folder, index):
+    with np.load(folder / f"result-{index}.npz") as file:
+        return [file[name] for name in file.files]
+
+
+def same(got, wanted):
+    for x, y in zip(got, map(np.asarray, jax.tree.leaves(wanted)), strict=True):
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+
+@pytest.mark.parametrize(
+    "driver",
+    ["sample", *(pytest.param(d, marks=pytest.mark.slow) for d in ("covariance", "adjoint"))],
+)
+def test_two_processes_give_the_bits_of_one(driver, tmp_path):
+    """2 processes × 2 devices, found through the environment, against 4 devices of one."""
+    codes, said = finish(launch(tmp_path, driver, environment={"WAIT": "60"}))
+    assert codes == [0, 0], said
+    wanted = program.DRIVERS[driver](mesh=jp.mesh(devices=jax.devices()[:4]))
+    for index in range(2):
+        same(leaves(tmp_path, index), wanted)
+
+
+def test_each_process_feeds_its_own_probes(tmp_path):
+    codes, said = finish(launch(tmp_path, "fed", devices=1))
+    assert codes == [0, 0], said
+    wanted = jp.susceptibilities(
+        program.key(), program.posterior(), program.SAMPLER, program.PLAN,
+        probes={"p": jax.tree.map(lambda x: x[:4], program.DATA)},
+        observables={"a": lambda params: params["a"].sum()}, estimator=jp.covariance(),
+        progress=False,
+    )  # fmt: skip
+    for index in range(2):
+        near(leaves(tmp_path, index), jax.tree.leaves(wanted))
+
+
+def test_a_killed_process_stops_the_others_and_the_run_goes_on(tmp_path):
+    """Process 1 is killed in mid-run; process 0 says so and stops, and both together go on."""
+    began = time.monotonic()
+    processes = launch(tmp_path, "sample", "die")
+    codes, said = finish(processes, seconds=120)
+    assert codes[1] == -9
+    assert codes[0] != 0
+    assert any(word in said[0] for word in ("closed by peer", "heartbeat", "unavailable")), said[0]
+    assert time.monotonic() - began < 120
+    assert not list(tmp_path.glob("result-*"))
+    codes, said = finish(launch(tmp_path, "sample", "keep"))
+    assert codes == [0, 0], said
+    wanted = program.sample(mesh=jp.mesh(devices=jax.devices()[:4]))
+    for index in range(2):
+        same(leaves(tmp_path, index), wanted)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_missing_process(index, tmp_path):
+    """The other never comes."""
+    ((code,), (said,)) = finish(
+        launch(tmp_path, "sample", indices=[index], environment={"WAIT": "5"}), seconds=90
+    )
+    assert code not in (0, None)
+    assert "ProcessError: " in said or "DEADLINE_EXCEEDED" in said, said
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1", 2, None), "must be given together"),
+        (("localhost:1", 2, 2), "process_id must be below num_processes = 2, got 2"),
+        (("localhost:1", 0, 0), "num_processes must be at least 1"),
+    ],
+)
+def test_start_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jp.start(*arguments)
+
+
+def test_half_an_environment(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(jp.ProcessError, match="must be set together"):
+        jp.start()
+
+
+def test_a_single_process_needs_no_others():
+    jp.start()
+    assert jax.process_count() == 1
+
+
+def test_shares_must_divide():
+    mesh = jp.mesh(data=8)
+    with pytest.raises(ValueError, match="batch must have a multiple of 8 samples a process"):
+        jp.from_processes(mesh, program.DATA)
+    fed = jp.from_processes(mesh, np.arange(16.0, dtype=np.float32))
+    np.testing.assert_array_equal(np.asarray(fed), np.arange(16.0))
