@@ -78,6 +78,7 @@ def test_two_processes_give_the_bits_of_one(driver, tmp_path):
         same(leaves(tmp_path, index), wanted)
 
 
+@pytest.mark.slow
 def test_each_process_feeds_its_own_probes(tmp_path):
     codes, said = finish(launch(tmp_path, "fed", devices=1))
     assert codes == [0, 0], said
@@ -91,6 +92,7 @@ def test_each_process_feeds_its_own_probes(tmp_path):
         near(leaves(tmp_path, index), jax.tree.leaves(wanted))
 
 
+@pytest.mark.slow
 def test_a_killed_process_stops_the_others_and_the_run_goes_on(tmp_path):
     """Process 1 is killed in mid-run; process 0 says so and stops, and both together go on."""
     began = time.monotonic()
@@ -108,7 +110,7 @@ def test_a_killed_process_stops_the_others_and_the_run_goes_on(tmp_path):
         same(leaves(tmp_path, index), wanted)
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_missing_process(index, tmp_path):
     """The other never comes."""
     ((code,), (said,)) = finish(

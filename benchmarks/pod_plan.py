@@ -1,0 +1,297 @@
+"""What a run on a TPU pod would need: memory, collectives and FLOPs, from programs compiled here.
+
+    pip install libtpu && python benchmarks/pod_plan.py [--quick] [--chips 16 256] [--out FOLDER]
+
+Claim: the programs of this package fit the chips of a v5e pod, and chains dealt out to them
+exchange nothing. The real programs are compiled ahead of time for a described topology, with
+shapes in the place of arrays, so it needs neither a TPU nor the memory. It exits with status 1
+where a program does not fit, or one that deals out chains holds a collective.
+
+Compiled: a step of sampling with parameters cut over `model`; a segment of the pathwise adjoint of
+heads × chains; a re-weighted training step. Chip-hours of whole runs follow from their cost in
+gradients, 6 FLOPs a parameter and token each, at an assumed utilisation: a plan, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxpattern as jp
+from jaxpattern import sampling, training
+from jaxpattern.distributed import pad_lanes, param_specs
+from jaxpattern.models import transformer
+from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.response import adjoint
+from jaxpattern.response.problem import Problem
+
+TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 256: "v5e:16x16"}
+HBM = 16 * 2**30  # bytes of a v5e chip
+PEAK = 197e12  # bf16 FLOP/s of a v5e chip
+UTILISATION = 0.4  # assumed
+COLLECTIVES = "all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter"
+
+LARGE = transformer.TransformerConfig(
+    vocab_size=50304, d_model=2048, num_layers=24, num_heads=16, context=2048, mlp_width=8192,
+    positions="relative_bias", dtype="bfloat16",
+)  # fmt: skip
+SMALL = transformer.TransformerConfig(
+    vocab_size=512, d_model=64, num_layers=2, num_heads=4, context=64, mlp_width=256,
+    positions="relative_bias", dtype="bfloat16",
+)  # fmt: skip
+
+
+def described_mesh(chips: int, data: int = 1, model: int = 1) -> Mesh:
+    """A mesh over chips that are not there."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chips]).devices
+    return jp.mesh(data=data, model=model, devices=devices)
+
+
+def laid_out(tree: Any, mesh: Mesh, *spec: str | None) -> Any:
+    """Shapes with the same layout each."""
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding), tree
+    )
+
+
+def abstract_posterior(
+    config: Any, mesh: Mesh, length: int, samples: int, dtype: Any = jnp.float32
+) -> Posterior:
+    """The posterior of a model that nobody trained."""
+    shapes = jax.eval_shape(partial(transformer.init, config=config), jax.random.key(0))
+    specs = param_specs(shapes, mesh.shape["model"])
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, s)),
+        shapes, specs,
+    )  # fmt: skip
+    shape = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    return Posterior(
+        params=params,
+        data=shape((samples, length + 1), jnp.int32),
+        weights=shape((samples, length), jnp.float32),
+        nbeta=shape((), jnp.float32),
+        localization=shape((), jnp.float32),
+        restriction=None,
+        loss_fn=transformer.make_loss_fn(config),
+    )
+
+
+def lanes_of(plan: jp.Plan, mesh: Mesh, restrictions: Any, number: int, antithetic: bool) -> Any:
+    make = partial(
+        sampling.make_lanes, component_ids=tuple(range(number)), plan=plan, antithetic=antithetic
+    )
+    shapes = jax.eval_shape(
+        lambda key, r: pad_lanes(make(key, r), mesh, plan.chains_at_once),
+        jax.random.key(0), restrictions,
+    )  # fmt: skip
+    return laid_out(shapes, mesh, "chain")
+
+
+def states_of(compiled: Any, shapes: Any) -> Any:
+    """Shapes of what a compiled program returns, laid out as it does."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes, compiled.output_shardings,
+    )  # fmt: skip
+
+
+def sampling_step(config: Any, chips: int, model: int, length: int, batch: int) -> Any:
+    """A step of SGLD, a chain a group of `model` chips."""
+    mesh = described_mesh(chips, model=model)
+    posterior = abstract_posterior(config, mesh, length, 1024)
+    chains = mesh.shape["chain"]
+    plan = jp.Plan(num_chains=chains, num_draws=2, num_batches=2, batch_size=batch)
+    sampler = laid_out(jp.sgld(step_size=1e-4), mesh)
+    lanes = lanes_of(plan, mesh, None, 1, False)
+    start = partial(sampling._init_all, plan=plan, mesh=mesh)
+    compiled = sampling._init_all.lower(posterior, sampler, lanes, plan, mesh).compile()
+    state = states_of(compiled, jax.eval_shape(start, posterior, sampler, lanes))
+    bounds = laid_out((jnp.asarray(0), jnp.asarray(1)), mesh)
+    return sampling._burn_all.lower(posterior, sampler, state, lanes, bounds, plan, mesh)
+
+
+def pathwise_segment(config: Any, chips: int, length: int, batch: int, probes: int) -> Any:
+    """A segment of the adjoint for all heads of a layer × 4 chains, a lane at a time."""
+    mesh = described_mesh(chips)
+    posterior = abstract_posterior(config, mesh, length, 1024, jnp.bfloat16)
+    heads = config.num_heads
+    plan = jp.Plan(
+        num_chains=4, num_burnin=16, num_draws=4, thin=4, batch_size=batch, chunk=batch,
+        num_batches=1, chains_at_once=1,
+    )  # fmt: skip
+    parts = [
+        jp.by_slice({f"layers/0/attn/{name}": (0, h) for name in "qkvo"}) for h in range(heads)
+    ]
+    restrictions = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    lanes = lanes_of(plan, mesh, restrictions, heads, True)
+    sampler = laid_out(jp.sgld(step_size=1e-4), mesh)
+    shape = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    problem = Problem(
+        observables=None,
+        offsets=shape((1,), jnp.float32),
+        probes={"p": shape((probes, length + 1), jnp.int32)},
+        probe_baseline={"p": shape((probes, length), jnp.float32)},
+        reference=Minibatch(
+            shape((batch, length + 1), jnp.int32), shape((batch, length), jnp.float32)
+        ),
+        reference_baseline=shape((batch, length), jnp.float32),
+        chunk=batch,
+    )
+    layout = adjoint.Layout(8, 2, 4, 2, 2, False, 1, True, None, batch)
+    start = partial(sampling._init_all, plan=plan, mesh=mesh)
+    states = laid_out(jax.eval_shape(start, posterior, sampler, lanes).state, mesh, "chain")
+    shapes = jax.eval_shape(
+        partial(adjoint._start_all, plan=plan, layout=layout, mesh=mesh),
+        posterior, sampler, problem, states, lanes,
+    )  # fmt: skip
+    chains = laid_out(shapes, mesh, "chain")
+    limit, index = laid_out((jnp.asarray(10.0), jnp.asarray(0)), mesh)
+    return adjoint._segment_all.lower(
+        posterior, sampler, problem, limit, chains, lanes, index, plan, layout, mesh
+    )
+
+
+def training_step(config: Any, chips: int, model: int, length: int, batch: int) -> Any:
+    """A step of Adam on re-weighted data, the batch cut over the rest of the chips."""
+    mesh = described_mesh(chips, data=chips // model, model=model)
+    posterior = abstract_posterior(config, mesh, length, 1024)
+    run = training._Run(posterior.loss_fn, optax.adam(1e-4), 1000, batch, "loss", None, mesh)
+    metrics = jax.tree_util.Partial(lambda params: {})
+    compiled = training._start.lower(run, posterior.params, metrics, None).compile()
+    state = states_of(
+        compiled, jax.eval_shape(lambda p: training._start(run, p, metrics, None), posterior.params)
+    )
+    # Moments of the optimizer lie where their parameters do.
+    moments = posterior.params
+    adam = state.optimizer[0]._replace(mu=moments, nu=moments)
+    state = state._replace(params=posterior.params, optimizer=(adam, *state.optimizer[1:]))
+    state = laid_out_missing(state, mesh)
+    weighted = Minibatch(posterior.data, posterior.weights)
+    key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    bounds = laid_out((jnp.asarray(0), jnp.asarray(1)), mesh)
+    return training._advance.lower(run, state, key, weighted, metrics, bounds)
+
+
+def laid_out_missing(tree: Any, mesh: Mesh) -> Any:
+    """Whole on every chip, what has no layout on the mesh."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(x: Any) -> Any:
+        here = isinstance(x.sharding, NamedSharding)
+        sharding = x.sharding if here else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree)
+
+
+def report(name: str, chips: int, lowered: Any, silent: bool) -> dict[str, Any]:
+    """Memory, collectives and FLOPs of a program, a chip."""
+    before = time.monotonic()
+    row: dict[str, Any] = {"program": name, "chips": chips}
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # of XLA's own class: the program does not fit
+        return row | {"fits": False, "error": " ".join(str(error).split())[:300]}
+    memory = compiled.memory_analysis()
+    used = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    )  # fmt: skip
+    found = Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text()))
+    return row | {
+        "fits": used <= HBM,
+        "memory_gib": used / 2**30,
+        "collectives": dict(found),
+        "silent": not silent or not found,
+        "flops": compiled.cost_analysis().get("flops"),
+        "compile_seconds": time.monotonic() - before,
+    }
+
+
+def programs(config: Any, chips: int, quick: bool) -> list[tuple[str, Any, bool]]:
+    """Name, how it is lowered, and whether it must hold no collective."""
+    model, length, batch, probes = (2, 32, 4, 8) if quick else (8, 512, 8, 32)
+    shares = max(batch, chips // model)
+    return [
+        ("sampling", partial(sampling_step, config, chips, model, length, batch), False),
+        ("pathwise", partial(pathwise_segment, config, chips, length, 1 if not quick else batch,
+                             4 if not quick else probes), True),
+        ("training", partial(training_step, config, chips, model, length, shares), False),
+    ]  # fmt: skip
+
+
+def gradients(estimator: str, sequences: int, components: int) -> float:
+    """Gradients of one sequence that a run needs, under the plan that `main` prints."""
+    chains, burnin, draws, thin, batch = 4, 100, 200, 10, 32
+    steps = burnin + draws * thin
+    if estimator == "covariance":
+        return chains * components * (steps * batch + draws * sequences / 3)
+    window, every, part = 40, 10, batch // 4
+    swept = steps + window
+    return chains * components * (
+        steps * batch + swept * part * 3 + swept / every * sequences * 3 / 3
+    )  # fmt: skip
+
+
+def published() -> list[dict[str, Any]]:
+    """Predicted chip-hours of two published runs."""
+    rows = []
+    runs = (
+        ("4.25M tokens × 410 components, 1.4B", 1.4e9, 4_250_000 // 512, 410, 512),
+        ("74,508 samples × all weights, 9B", 9e9, 74_508, 1, 512),
+    )
+    for name, size, sequences, components, length in runs:
+        for estimator in ("covariance", "pathwise"):
+            count = gradients(estimator, sequences, components)
+            hours = count * 6 * size * length / (PEAK * UTILISATION) / 3600
+            rows.append({
+                "run": name, "estimator": estimator, "gradients": count, "chip_hours": hours,
+            })  # fmt: skip
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--chips", type=int, nargs="+", default=[16, 256], choices=TOPOLOGIES)
+    parser.add_argument("--only", nargs="+", help="names of programs")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options = parser.parse_args(arguments)
+    config = SMALL if options.quick else LARGE
+    rows = []
+    for chips in options.chips:
+        for name, lower, silent in programs(config, chips, options.quick):
+            if options.only and name not in options.only:
+                continue
+            row = report(name, chips, lower(), silent)
+            rows.append(row | {"model": "small" if options.quick else "1.4B"})
+            print(json.dumps(rows[-1]), flush=True)
+    print("plan: 4 chains, 100 steps burn-in, 200 draws 10 steps apart, batches of 32 sequences")
+    for row in published():
+        print(f"{row['run']:40s}{row['estimator']:12s}{row['chip_hours']:14,.0f} v5e chip-hours")
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in [*rows, *published()]]
+    (options.out / "pod_plan.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return int(not all(row["fits"] and row.get("silent", True) for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

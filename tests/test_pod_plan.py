@@ -1,0 +1,28 @@
+"""The programs compile for a TPU that is not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent.parent / "benchmarks" / "pod_plan.py"
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+def test_small_programs_compile_for_four_chips(tmp_path):
+    """In a process of its own: libtpu writes to stderr as it likes."""
+    run = subprocess.run(
+        [sys.executable, PROGRAM, "--quick", "--chips", "4", "--out", tmp_path],
+        capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "pod_plan.jsonl").read_text().splitlines()]
+    compiled = {row["program"]: row for row in rows if "program" in row}
+    assert set(compiled) == {"sampling", "pathwise", "training"}
+    assert all(row["fits"] for row in compiled.values())
+    assert compiled["pathwise"]["collectives"] == {}
+    assert sum(compiled["training"]["collectives"].values()) > 0
