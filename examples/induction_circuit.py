@@ -48,7 +48,7 @@ from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
 FORMED = 0.3  # the prefix-matching score of the best head from which the circuit counts as formed
 RELIABLE = 0.5  # the agreement of two halves from which a direction is taken for more than noise
 DOSE = 0.8  # α of the weights exp(α s); the arms called half have half of it
-FIRST_SEED = 100  # of the retraining; the base model has seed 0
+FIRST_SEED = 300  # of the retraining; the base model has seed 0
 
 
 class Settings(NamedTuple):
@@ -83,6 +83,9 @@ class Settings(NamedTuple):
     window: int = 20
     token_window: int = 10
     spacing: int = 5
+    # How long the base model is trained on the first weights before it is measured again.
+    again_steps: int = 400
+    again_windows: int = 1024
     eval_windows: int = 64
     eval_sequences: int = 32
     seeds: int = 2
@@ -102,7 +105,8 @@ SCALES = {
         token_plan=jp.Plan(
             num_chains=4, num_burnin=100, num_draws=40, thin=5, batch_size=16, chunk=8
         ),
-        window=60, token_window=60, eval_windows=64, seeds=8,
+        window=60, token_window=60, again_steps=20_000, again_windows=200, eval_windows=64,
+        seeds=8,
     ),
     "test": Settings(
         model=TransformerConfig(260, context=16, num_layers=2, num_heads=1, d_model=16),
@@ -116,15 +120,16 @@ SCALES = {
         token_plan=jp.Plan(
             num_chains=2, num_burnin=4, num_draws=4, thin=2, num_batches=2, batch_size=4, chunk=16
         ),
-        window=4, token_window=4, spacing=2, eval_windows=8, eval_sequences=8, seeds=2,
+        window=4, token_window=4, spacing=2, again_steps=20, again_windows=16, eval_windows=8,
+        eval_sequences=8, seeds=2,
     ),
 }  # fmt: skip
 
 FEW = ("unweighted", "up", "down", "permuted up", "permuted down")
 CONTROLS = ("no landscape", "local noise")
 ARMS = (
-    *FEW, "half up", "half down", "repeated bigram", "bigram loss - loss", "gzip", "gradient",
-    *CONTROLS, "second up", "second down",
+    *FEW, "half up", "half down", "first round", "repeated bigram", "bigram loss - loss", "gzip",
+    "gradient", *CONTROLS, "second up", "second down",
 )  # fmt: skip
 
 
@@ -318,6 +323,15 @@ def train_base(store: Stages, lab: Lab) -> dict[str, np.ndarray]:
     return store.stage("base", compute, **chosen_settings(lab.settings, BASE))
 
 
+def train_again(lab: Lab, weights: np.ndarray) -> dict[str, Any]:
+    """The base model's start and batches, on weighted tokens."""
+    params, curve = lab.run(jax.random.key(0), lab.settings.again_steps, weights)
+    return {
+        "params": ravel_pytree(params)[0],
+        "formed": formation(curve["step"], curve["prefix"]),
+    }
+
+
 def formation(step: np.ndarray, prefix: np.ndarray) -> float:
     """The first record at which some head matches prefixes; infinite if there is none."""
     formed = np.flatnonzero(prefix.reshape(len(prefix), -1).max(axis=1) > FORMED)
@@ -456,6 +470,30 @@ def areas_of(lab: Lab, score: np.ndarray, windows: Any = slice(None)) -> str:
     return "AUC: " + ", ".join(f"{name} {value:.2f}" for name, value in areas.items())
 
 
+class Model(NamedTuple):
+    """Weights, and what they make of every training token."""
+
+    params: Any
+    losses: np.ndarray  # [N, T]
+    without: np.ndarray  # [N, T, H], how much they rise without a head, or without a layer's heads
+
+
+def look_at(lab: Lab, params: Any) -> Model:
+    heads = heads_of(params)
+    layers = [[name for name in heads if name[1:].split("h")[0] == str(i)]
+              for i in range(lab.model.num_layers)]  # fmt: skip
+    losses = all_losses(lab, params)
+
+    def rise(names: Sequence[str]) -> np.ndarray:
+        rest = params
+        for name in names:
+            rest = heads[name].embed(jax.tree.map(jnp.zeros_like, heads[name].select(rest)), rest)
+        return np.asarray(all_losses(lab, rest) - losses)
+
+    without = [rise(names) for names in ([name] for name in heads)] + [rise(x) for x in layers]
+    return Model(params, np.asarray(losses), np.stack(without, axis=-1))
+
+
 def score_tokens(
     store: Stages, lab: Lab, params: Any, groups: list[tuple[str, ...]], arms: Sequence[str]
 ) -> dict[str, np.ndarray]:
@@ -464,34 +502,38 @@ def score_tokens(
     s = −χ of the excess loss of a group of heads, all of which move together, since heads that do
     the same thing stand in for one another. It is high if the token's loss rises when these heads
     are disturbed: more weight on such tokens lowers that excess loss, and protects what they do.
+
+    The score is then measured a second time, around a model trained on the weights of the first:
+    what these weights strengthen stands out more there.
     """
     settings = lab.settings
-    losses = np.asarray(all_losses(lab, params))
-    order = np.random.default_rng(3).permutation(settings.windows)
-    chosen = np.sort(order[: settings.measured_windows])
+    base = look_at(lab, params)
 
-    def measured(stage: str, group: Sequence[str], **changes: float) -> np.ndarray:
-        component = {"+".join(group): group_of(params, group)}
+    def measured(
+        stage: str, group: Sequence[str], model: Model = base, *, count: int | None = None,
+        around: str = "base", **changes: float,
+    ) -> np.ndarray:  # fmt: skip
+        order = np.random.default_rng(3).permutation(settings.windows)
+        chosen = np.sort(order[: count or settings.measured_windows])
+        component = {"+".join(group): group_of(model.params, group)}
 
         def measure() -> dict[str, Any]:
             found = susceptibilities(
-                lab, params, component, settings.token_plan, settings.token_window,
+                lab, model.params, component, settings.token_plan, settings.token_window,
                 lab.train[chosen], **changes,
             )  # fmt: skip
             return {"chi": found.chi["tokens"][0], "halves": found.halves["tokens"][:, 0]}
 
-        kept = store.stage(
-            stage, measure, group=list(group), **chosen_settings(settings, TOKENS) | changes
-        )
+        depends = chosen_settings(settings, TOKENS) | {"group": group, "around": around} | changes
+        kept = store.stage(stage, measure, windows_measured=len(chosen), **depends)
         halves = np.corrcoef(*kept["halves"].reshape(2, -1))[0, 1]
-        score = -kept["chi"]
-        score = (score - score.mean()) / score.std()
+        score = standardised(-kept["chi"])
         print(f"   {stage}: {score.size} tokens measured, halves agree {halves:.2f}")
         if len(chosen) < settings.windows:
-            score, fit = predict_scores(lab, params, losses, chosen, score)
+            score, fit = predict_scores(lab, model, chosen, score)
             print(f"      predicted for all tokens from the model's states, held-out R² {fit:.2f}")
         print("      " + areas_of(lab, score))
-        return (score - score.mean()) / score.std()
+        return standardised(score)
 
     pair = [measured("+".join(group), group) for group in groups]
     # Of the two structures the one that is more clearly about some class of tokens is steered.
@@ -504,10 +546,21 @@ def score_tokens(
         f"   Steered is what {', '.join(groups[main])} together are needed for: of all classes it "
         f"tells {clear[main][1]!r} best, the other one {clear[1 - main][1]!r}."
     )
+    first = tilted(pair[main], DOSE)
+    again = store.stage(
+        "again", lambda: train_again(lab, first),
+        weights=digest(first), **chosen_settings(settings, (*BASE, "again_steps")),
+    )  # fmt: skip
+    print(
+        f"   The base model trained on these weights forms the circuit at step {again['formed']:g}"
+    )
+    score = measured(
+        "second_round", groups[main], look_at(lab, lab.unpack(again["params"])),
+        count=settings.again_windows, around=digest(again["params"]),
+    )  # fmt: skip
     # The second without what it shares with the first, which is to be left alone.
-    shared = np.mean(pair[0] * pair[1])
-    other = pair[1 - main] - shared * pair[main]
-    scores = {"up": pair[main], "second": other / other.std()}
+    other = pair[1 - main] - np.mean(score * pair[1 - main]) * score
+    scores = {"up": score, "first round": pair[main], "second": standardised(other)}
     print("      the other without the first: " + areas_of(lab, scores["second"]))
     if "no landscape" in arms:
         scores["no landscape"] = measured("no_landscape", groups[main], nbeta=1e-3)
@@ -518,7 +571,7 @@ def score_tokens(
         )  # fmt: skip
     tokens = np.asarray(lab.train)
     scores["repeated bigram"] = lab.classes["repeated bigram"].astype(np.float32)
-    scores["bigram loss - loss"] = -lab.bigram[tokens[:, :-1], tokens[:, 1:]] - losses
+    scores["bigram loss - loss"] = -lab.bigram[tokens[:, :-1], tokens[:, 1:]] - base.losses
     if "gzip" in arms:
         scores["gzip"] = subwords.bytes_saved(tokens, lab.texts)
     if "gradient" in arms:
@@ -551,25 +604,27 @@ def all_losses(lab: Lab, params: Any) -> jax.Array:
 
 
 def predict_scores(
-    lab: Lab, params: Any, losses: np.ndarray, chosen: np.ndarray, score: np.ndarray
+    lab: Lab, model: Model, chosen: np.ndarray, score: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """The scores of all tokens from the model's states, fitted on those measured; held-out R².
 
     The states are the residual stream that is read out (as far as the logits show it), the readout
-    vector of the next token, the product of the two, and functions of the loss. The fit replaces
-    the measured values too: it holds less noise than they do.
+    vector of the next token, the product of the two, functions of the loss, and how much it rises
+    without a head. The fit replaces the measured values too: it holds less noise than they do.
     """
+    params, losses, without = model
     readout = np.linalg.pinv(np.asarray(params["unembed"], np.float64)).astype(np.float32)
 
     @jax.jit
-    def features(tokens: jax.Array, loss: jax.Array) -> jax.Array:
+    def features(tokens: jax.Array, loss: jax.Array, without: jax.Array) -> jax.Array:
         state = transformer.logits(params, tokens[:, :-1], config=lab.model) @ readout
         then = params["unembed"].T[tokens[:, 1:]] * lab.model.d_model
         other = jnp.stack([loss, loss**2, jnp.exp(-loss)], axis=-1)
-        return jnp.concatenate([state, then, state * then, other], axis=-1)
+        parts = [state, then, state * then, other, without, jnp.tanh(without)]
+        return jnp.concatenate(parts, axis=-1)
 
     def of(rows: np.ndarray) -> np.ndarray:
-        return np.asarray(features(lab.train[rows], jnp.asarray(losses[rows])))
+        return np.asarray(features(lab.train[rows], losses[rows], without[rows]))
 
     def parts(rows: np.ndarray) -> list[np.ndarray]:
         return np.array_split(rows, max(1, len(rows) // 128))
@@ -599,6 +654,10 @@ def gradient_similarity(lab: Lab, params: Any, restriction: jp.Restriction) -> j
         )
 
     return similar(params, reference, in_chunks(lab.train)).reshape(len(lab.train), -1)
+
+
+def standardised(score: np.ndarray) -> np.ndarray:
+    return (score - score.mean()) / score.std()
 
 
 def normalised(weights: np.ndarray) -> np.ndarray:
@@ -663,7 +722,7 @@ def build_arms(scores: dict[str, np.ndarray], names: Sequence[str]) -> dict[str,
             return tilted(s, sign * DOSE / 2)
         if name.startswith("second"):
             return tilted_beside(scores["second"], s, sign * DOSE / 2)
-        if name in CONTROLS:
+        if name in ("first round", *CONTROLS):
             return tilted(scores[name], DOSE)
         return at_share(scores[name], share)
 
