@@ -1,8 +1,8 @@
 """How the benchmarks measure: one core, CPU seconds, both sides in turn, claims that can fail.
 
-Import it before jax, numpy or torch: it pins the process to one core, the last one it may use, and
-every library to one thread, so that CPU seconds are those of the computation and do not depend on
-what else the machine does.
+Importing it pins the process to one core, the last one it may use, and every library to one thread,
+so that CPU seconds are those of the computation and depend little on what else the machine does.
+Import it before anything is computed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 ).strip()
@@ -44,22 +45,31 @@ def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
+def in_turn(sides: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, Timing]:
     """Each side once, to compile it, and then all sides in turn, so many times."""
     first = {name: cpu_seconds(side)[0] for name, side in sides.items()}
-    spent: dict[str, list[float]] = {name: [] for name in sides}
+    spent: dict[Any, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
             spent[name].append(cpu_seconds(side)[0])
     medians = {name: statistics.median(times) for name, times in spent.items()}
-    return {
-        name: Timing(medians[name], first[name] - medians[name], spent[name]) for name in sides
-    }
+    return {name: Timing(medians[name], first[name] - medians[name], spent[name]) for name in sides}
 
 
-def ratio(above: Timing, below: Timing) -> float:
-    """Median over the repeats of the ratio of two sides."""
-    return statistics.median(a / b for a, b in zip(above.all, below.all, strict=True))
+def peak_memory(function: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes by which the resident memory rose at its peak in a call (Linux; 0 elsewhere)."""
+
+    def resident(field: str) -> int:
+        (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
+        return 1024 * int(line.split()[1])
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        before = resident("VmRSS")
+    except OSError:
+        return 0, function()
+    result = function()
+    return resident("VmHWM") - before, result
 
 
 class Report:

@@ -316,12 +316,28 @@ def over_chains(
         return function(component, *args)
 
     def mapped(*args: Any) -> Any:
-        num_chains = jax.tree.leaves(args)[0].shape[1]
+        num_components, num_chains = jax.tree.leaves(args)[0].shape[:2]
         mirror = (-1.0) ** jnp.arange(num_chains) if antithetic else None
-        chains = jax.vmap(one_chain, in_axes=(None, 0, *(0 for _ in args)))
-        return jax.vmap(chains, in_axes=(0, None, *(0 for _ in args)))(restrictions, mirror, *args)
+        chains = _vmap(one_chain, num_chains, (None, 0, *(0 for _ in args)))
+        components = _vmap(chains, num_components, (0, None, *(0 for _ in args)))
+        return components(restrictions, mirror, *args)
 
     return mapped
+
+
+def _vmap(function: Callable, size: int, in_axes: tuple[int | None, ...]) -> Callable:
+    """`jax.vmap`; over one alone without it, whose batched products and gathers are slower."""
+    if size > 1:
+        return jax.vmap(function, in_axes)
+
+    def alone(*args: Any) -> Any:
+        first = [
+            arg if axis is None else jax.tree.map(lambda x: x[0], arg)
+            for arg, axis in zip(args, in_axes, strict=True)
+        ]
+        return jax.tree.map(lambda x: x[None], function(*first))
+
+    return alone
 
 
 @partial(jax.jit, static_argnames=("plan", "antithetic"))
