@@ -11,8 +11,8 @@ losses agree to 1e-5. Then
   (b) the error of χ against CPU seconds, for devinterp, our covariance (centred) and pathwise.
       The error is half the mean squared difference of two seeds: noise alone, so that the hybrid
       form is not blamed for its other estimand. Beside it stands the mean squared error against one
-      long pathwise reference. Errors fall as 1/√time: the gain is the ratio of error² × time, of the
-      second run of each, which neither compiles nor imports;
+      long pathwise reference. Errors fall as 1/√time: the gain is the ratio of error² × time, of
+      the second run of each, which neither compiles nor imports;
   (c) the hybrid form on devinterp's own stored losses, through our moments, equals its χ to
       rounding.
 
@@ -24,6 +24,7 @@ layers of width 128. Needs the bench extra.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import tempfile
@@ -201,6 +202,7 @@ class Task:
         import xarray
         from devinterp.slt.susceptibilities import susceptibilities
 
+        without_progress()
         model = torch_model.to_torch(self.model.params, self.model.loss_fn.config)
         base = folder / f"seed{seed}.zarr"
         with warnings.catch_warnings(action="ignore"):
@@ -247,6 +249,13 @@ class Task:
         return Theirs(chi[:, np.argsort(order)], trees, written)
 
 
+def without_progress() -> None:
+    """devinterp draws a progress bar a chain, which no argument turns off."""
+    from devinterp.slt import sampler
+
+    sampler.trange = functools.partial(sampler.trange, disable=True)
+
+
 class Windows:
     """Windows of tokens, as devinterp takes a data set."""
 
@@ -270,7 +279,7 @@ def published_hybrid(
 ) -> np.ndarray:
     """χ of devinterp's formula, in the precision of its arguments.
 
-    E[φ L] − E[φ ℓ_z] − E[φ] E_full[L − ℓ_z] of draws φ, L [n], ℓ [n, *columns] of the component, and
+    E[φ L] − E[φ ℓ_z] − E[φ] E_full[L − ℓ_z] of draws φ, L [n], ℓ [n, *columns] of a component, and
     `full`, the mean of L − ℓ_z over draws of all weights.
     """
     axes = (slice(None), *(None,) * (probes.ndim - 1))
