@@ -238,4 +238,5 @@ def draw(report: measure.Report, pictures: list[tuple[str, float | None, dict[st
 
 
 if __name__ == "__main__":
+    measure.pin()
     sys.exit(main())

@@ -361,12 +361,10 @@ def draw(report: measure.Report, rows: dict, curve: dict[int, float], draws: int
 
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
     ax = figure.subplots()
-    per_step = rows["devinterp"]["cpu_seconds"] / (BURNIN + THIN * draws)
-    ax.plot(
-        [per_step * (BURNIN + THIN * n) for n in curve],
-        [value**0.5 for value in curve.values()],
-        "s-", label="devinterp, first draws",
-    )  # fmt: skip
+    if curve:
+        per_step = rows["devinterp"]["cpu_seconds"] / (BURNIN + THIN * draws)
+        times = [per_step * (BURNIN + THIN * n) for n in curve]
+        ax.plot(times, [v**0.5 for v in curve.values()], "s-", label="devinterp, first draws")
     for label, row in rows.items():
         (points,) = ax.plot(row["cpu_seconds"], row["noise"] ** 0.5, "o", label=label)
         times = row["cpu_seconds"] * np.array([0.1, 10])
@@ -379,4 +377,5 @@ def draw(report: measure.Report, rows: dict, curve: dict[int, float], draws: int
 
 
 if __name__ == "__main__":
+    measure.pin()
     sys.exit(main())

@@ -244,7 +244,7 @@ def inversion(num_rows: int, num_columns: int, repeats: int) -> Sides:
     rows = tuple(map(str, range(num_rows)))
     some = jnp.ones(num_rows)
     response = jp.Response(
-        chi={"x": chi}, stderr={"x": jnp.full_like(chi, 1e-3)}, halves={}, batches={},
+        chi={"x": chi}, stderr={"x": jnp.full_like(chi, 1e-4)}, halves={}, batches={},
         mass={"x": jnp.full(num_columns, 1 / num_columns)}, nbeta=jnp.asarray(30.0),
         mean=some, mean_stderr=some, rhat=some, ess=some,
         diverged=jnp.zeros((num_rows, 1), bool), rows=rows, cost=0.0, num_samples=num_columns,
@@ -278,4 +278,5 @@ def draw(report: measure.Report) -> None:
 
 
 if __name__ == "__main__":
+    measure.pin()
     sys.exit(main())

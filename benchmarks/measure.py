@@ -1,32 +1,31 @@
-"""How the benchmarks measure: one core, CPU seconds, both sides in turn, claims that can fail.
-
-Importing it pins the process to one core, the last one it may use, and every library to one thread,
-so that CPU seconds are those of the computation and depend little on what else the machine does.
-Import it before anything is computed.
-"""
+"""How the benchmarks measure: one core, CPU seconds, both sides in turn, claims that can fail."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-).strip()
+import jax
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import platform  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, NamedTuple  # noqa: E402
 
-import jax  # noqa: E402
+def pin() -> None:
+    """Hold the process to one core, the last it may use, and every library to one thread.
+
+    CPU seconds are then those of the computation, and depend little on what else the machine does.
+    To be called before anything is computed.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.environ["OMP_NUM_THREADS"] = "1"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
 
 
 class Timing(NamedTuple):
