@@ -1,7 +1,10 @@
 """χ of a language model, against devinterp 2.0.1: the same posterior, weights, text and machine.
 
 Claimed: to the same per-token error of the heads' χ, the pathwise estimator needs at least 50 times
-less CPU time than devinterp, at nβ = 30, γ = 300, ε = 1e-3, mini-batches of 16, four chains.
+less CPU time than devinterp, at nβ = 30, γ = 300, ε = 1e-3, mini-batches of 16, four chains. The
+claim is held against the covariance of devinterp's draws, without its chains over all weights. The
+form it publishes adds −E[φ](E[D] − E_full[D]), D = ℓ_z − L, which is most of it here, where all
+weights together move the losses far more than a head does, and φ has the level of other data in it.
 
 A GPT-2-shaped transformer is trained on library code and carried over to torch, where logits and
 losses agree to 1e-5. Then
@@ -89,7 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for n in sorted({max(2, draws // 8), draws // 4, draws // 2, draws})
         }
         check_hybrid(report, theirs[0], heads)
-    sides = {"devinterp": Side(runs, [run.chi for run in theirs])}
+        order = np.argsort(probe_order(BATCH))
+        centred = [covariance_of(t.trees, heads)[:, order] for t in theirs]
+    share = len(heads) / (len(heads) + 1)
+    without_full = [run._replace(cpu=share * run.cpu, wall=share * run.wall) for run in runs]
+    sides = {
+        "devinterp": Side(runs, [run.chi for run in theirs]),
+        "devinterp, centred": Side(without_full, centred),
+    }
     for label, estimator, num_draws in (
         ("covariance (hybrid)", jp.covariance(form="hybrid"), draws),
         ("covariance", jp.covariance(), draws),
@@ -109,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cpu, compilation = second.cpu, first.cpu - second.cpu
         mse = float(np.mean([(chi - best) ** 2 - error**2 for chi in side.chi]))
         memory = first.memory
-        written = theirs[0].written if label == "devinterp" else 0
+        written = theirs[0].written if label.startswith("devinterp") else 0
         rows[label] = {
             "cpu_seconds": cpu, "wall_seconds": second.wall, "compilation": compilation,
             "peak_memory": memory, "written": written, "noise": noise(*side.chi), "mse": mse,
@@ -124,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rms=float(np.sqrt(np.mean(best**2))),
         )  # fmt: skip
     pathwise = rows["pathwise"]
-    for label in ("devinterp", "covariance"):
+    for label in ("devinterp", "devinterp, centred", "covariance"):
         gains = {
             measure_of: rows[label][measure_of] * rows[label]["cpu_seconds"]
             / (pathwise[measure_of] * pathwise["cpu_seconds"])
@@ -133,10 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add(
             f"pathwise over {label}: {gains['noise']:.1f} times less CPU time to the same noise, "
             f"{gains['mse']:.1f} against the reference"
-            + (f" (claimed {CLAIMED:g})" if label == "devinterp" else ""),
+            + (f" (claimed {CLAIMED:g})" if label == "devinterp, centred" else ""),
             part="gain", over=label, **gains,
         )  # fmt: skip
-        if label == "devinterp":
+        if label == "devinterp, centred":
             gain = min(gains.values())
             report.claim(
                 f"{gain:.1f} times less CPU time than devinterp >= {CLAIMED:g}", gain >= CLAIMED
@@ -326,6 +336,17 @@ def truncated(trees: dict[str, Any], heads: Sequence[str], draws: int) -> np.nda
             for head in heads
         ]
     )
+
+
+def covariance_of(trees: dict[str, Any], heads: Sequence[str]) -> np.ndarray:
+    """−Cov[φ, ℓ_z − L] of the draws that devinterp stored, in float64."""
+    chi = []
+    for head in heads:
+        phi, reference, probes = (x.astype(float) for x in stored(trees[head]))
+        deviations = probes - reference[:, None, None]
+        product = np.tensordot(phi - phi.mean(), deviations - deviations.mean(0), 1)
+        chi.append(-product / (len(phi) - 1))
+    return np.stack(chi)
 
 
 def check_hybrid(report: measure.Report, theirs: Theirs, heads: Sequence[str]) -> None:
