@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{name:10s} {side:10s} LLC {runs.means.mean():7.3f}, spread over {count} seeds "
                 f"{runs.means.std(ddof=1):6.3f}, reported error {np.mean(runs.stderr):6.3f}, "
                 f"{runs.cpu:7.3f} CPU s"
-                + (f"; exact {problem.exact:.3f}, covered {coverage:.0%}" if coverage else ""),
+                + ("" if coverage is None else f"; exact {problem.exact:.3f}, held {coverage:.0%}"),
                 part=name, side=side, seeds=count, mean=float(runs.means.mean()),
                 spread=float(runs.means.std(ddof=1)), reported=float(runs.stderr.mean()),
                 cpu_seconds=runs.cpu, gradients=runs.gradients, coverage=coverage,

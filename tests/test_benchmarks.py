@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,19 @@ def test_the_hybrid_form_is_that_of_devinterp():
     # Losses of 3 are stored with an error of 1.2e-7, and multiplied by φ of 0.1.
     np.testing.assert_allclose(ours, wanted, atol=5e-8)
     assert np.abs(wanted).max() > 1e-6
+
+
+def test_the_covariance_of_stored_draws():
+    rng = np.random.default_rng(1)
+    shapes = {"loss_train": (2, 6, 3, 5), "loss_probes": (2, 6, 4, 5)}
+    losses = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    arrays = losses | {"init_loss": np.array([0.3, 0.5])}
+    tree = SimpleNamespace(dataset={n: SimpleNamespace(values=x) for n, x in arrays.items()})
+    (chi,) = devinterp.covariance_of({"l0h0": tree}, ["l0h0"])
+    level = losses["loss_train"].mean((2, 3)).ravel()
+    deviations = losses["loss_probes"].reshape(12, 20) - level[:, None]
+    wanted = -np.cov(level, deviations.T)[0, 1:].reshape(4, 5)
+    np.testing.assert_allclose(chi, wanted, rtol=1e-10)
 
 
 def test_a_false_claim_fails_and_rows_are_kept(tmp_path, capsys):
