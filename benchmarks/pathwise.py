@@ -22,6 +22,7 @@ fitted to the very errors it is judged by: a lower bound of what any combination
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import sys
@@ -32,15 +33,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import language_model
 import numpy as np
-import optax
 
 import jaxpattern as jp
-from jaxpattern.data import text
-from jaxpattern.models import transformer
 
 BATCH = 16
-CONTEXT = 64
 
 # name, head or None for all weights, nβ, γ, ε, least gain claimed
 CLAIMED: list[tuple[str, str | None, float, float, float, float]] = [
@@ -56,25 +54,6 @@ BEYOND: list[tuple[str, str | None, float, float, float, float]] = [
     ("all weights, γ = 100", None, 30.0, 100.0, 1e-3, 0.0),
     ("all weights, nβ = 100", None, 100.0, 300.0, 3e-4, 0.0),
 ]
-
-
-def trained_model(loss_fn: Any, seed: int, steps: int) -> tuple[Any, jax.Array, jax.Array]:
-    """Weights, training windows and probe windows of library code."""
-    documents = text.python_corpus(400_000)["library"]
-    train, held_out = text.split_by_file(documents, 0.2, seed)
-    windows = jnp.asarray(text.windows(train, CONTEXT + 1, 2048, seed))
-    probes = jnp.asarray(text.windows(held_out, CONTEXT + 1, 16, seed))
-    start = transformer.init(jax.random.key(seed), loss_fn.config)
-    rate = optax.cosine_decay_schedule(6e-3, steps, 0.05)
-    params, history = jp.train(
-        jax.random.key(seed + 1), loss_fn, start, windows, optax.adamw(rate),
-        num_steps=steps, batch_size=32, progress=False,
-    )  # fmt: skip
-    print(
-        f"trained: {float(history.loss[-20:].mean()):.3f} nats a byte after {steps} steps",
-        flush=True,
-    )
-    return params, windows, probes
 
 
 def head(name: str) -> jp.Restriction:
@@ -202,11 +181,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    config = transformer.TransformerConfig(
-        vocab_size=256, context=CONTEXT, num_layers=options.layers, num_heads=4, d_model=64
-    )
-    loss_fn = transformer.make_loss_fn(config)
-    params, data, probes = trained_model(loss_fn, options.seed, 800)
+    config = dataclasses.replace(language_model.PATHWISE, num_layers=options.layers)
+    loss_fn, params, data, probes = language_model.trained_model(config, 800, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     failed = []
     with open(options.out / f"pathwise-{options.layers}-layers.jsonl", "w") as rows:

@@ -195,8 +195,10 @@ def build_problem(
     same = [name for name, batch in probes.items() if batch is reference]
     probes = {name: jax.tree.map(jnp.asarray, batch) for name, batch in probes.items()}
     probe_baseline, reference_baseline = _baseline(
-        posterior.loss_fn, chunk or 256, params, probes, minibatch.batch
+        posterior.loss_fn, chunk or 256, params, probes, None if same else minibatch.batch
     )
+    if same:
+        reference_baseline = probe_baseline[same[0]]
     for name, losses in probe_baseline.items():
         _check_finite(f"probes[{name!r}]", losses)
     _check_finite("data" if reference is None else "reference", reference_baseline)
@@ -322,7 +324,8 @@ def _evaluate(phi: Callable, params: Params) -> Array:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _baseline(
-    loss_fn: Any, chunk: int, params: Params, probes: dict[str, Batch], reference: Batch
-) -> tuple[dict[str, Float[Array, "..."]], Losses]:
+    loss_fn: Any, chunk: int, params: Params, probes: dict[str, Batch], reference: Batch | None
+) -> tuple[dict[str, Float[Array, "..."]], Losses | None]:
     losses = partial(losses_in_chunks, loss_fn, params, chunk=chunk)
-    return {name: losses(batch) for name, batch in probes.items()}, losses(reference)
+    rest = None if reference is None else losses(reference)
+    return {name: losses(batch) for name, batch in probes.items()}, rest

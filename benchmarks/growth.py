@@ -1,0 +1,149 @@
+"""Growth: time and memory of a response matrix against everything it can grow in.
+
+Claimed: memory does not grow with draws (fitted exponent at most 0.1), and time grows at most
+linearly, within 10 %, in chains, components, draws and probes.
+
+A small transformer, the pathwise and the covariance estimator, one thing varied at a time. Memory:
+the peak of what is resident above what was before a run (Linux), CPU seconds are of a run, both
+compiled before. Exponents are those of a power law through the points. Components are run as one
+vmapped program and one after the other.
+
+    python benchmarks/growth.py [--quick] [--out benchmarks/results]
+
+writes one JSON line a point and a figure, and exits with 1 when a claim fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import measure
+import numpy as np
+
+import jaxpattern as jp
+from jaxpattern.models import transformer
+
+START = {"chains": 2, "components": 2, "probes": 32, "draws": 24, "width": 64, "context": 32}
+LINEAR = ("chains", "components", "draws", "probes")
+
+
+class Point(NamedTuple):
+    """Parameters of the model, and CPU seconds and bytes of a response matrix."""
+
+    parameters: int
+    seconds: float
+    memory: int
+
+
+def point(estimator: Any, size: dict[str, int]) -> Point:
+    """A response matrix at random weights."""
+    config = transformer.TransformerConfig(
+        vocab_size=64, context=size["context"], num_layers=1, num_heads=8, d_model=size["width"]
+    )
+    loss_fn = transformer.make_loss_fn(config)
+    params = transformer.init(jax.random.key(0), config)
+    shape = (64 + size["probes"], size["context"] + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, 64)
+    posterior = jp.localized_posterior(loss_fn, params, tokens[:64], nbeta=30.0, localization=300.0)
+    heads = jp.components(params, kinds="head")
+    plan = jp.Plan(
+        num_chains=size["chains"], num_burnin=8, num_draws=size["draws"], thin=4, batch_size=8,
+        num_batches=2,
+    )  # fmt: skip
+    probes = tokens[64:]
+
+    def run() -> Any:
+        return jp.susceptibilities(
+            jax.random.key(2), posterior, jp.sgld(step_size=1e-3), plan, probes={"text": probes},
+            reference=probes, estimator=estimator, progress=False,
+            components={name: heads[name] for name in list(heads)[: size["components"]]},
+        ).chi  # fmt: skip
+
+    seconds = measure.in_turn({"run": run}, 3)["run"].seconds
+    memory, _ = measure.peak_memory(lambda: jax.block_until_ready(run()))
+    return Point(sum(leaf.size for leaf in jax.tree.leaves(params)), seconds, memory)
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """The slope of log y over log x."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = measure.parser(__doc__)
+    parser.add_argument("--axes", nargs="+", default=list(START), choices=list(START))
+    options = parser.parse_args(argv)
+    report = measure.Report("growth", options)
+    factors = (1, 4) if options.quick else (1, 2, 4)
+    estimators = {"pathwise": jp.pathwise(window=8, every=4), "covariance": jp.covariance()}
+    if options.quick:
+        estimators.pop("covariance")
+    curves: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for label, estimator in estimators.items():
+        for axis in options.axes:
+            points = []
+            for factor in factors:
+                size = START | {axis: START[axis] * factor}
+                found = point(estimator, size)
+                x = found.parameters if axis == "width" else size[axis]
+                points.append((x, found.seconds, max(1, found.memory)))
+            xs, seconds, memory = (list(values) for values in zip(*points, strict=True))
+            time_exponent, memory_exponent = exponent(xs, seconds), exponent(xs, memory)
+            name = "parameters" if axis == "width" else axis
+            curves[label, name] = points
+            report.add(
+                f"{label:10s} {name:10s} "
+                f"{xs[0]:8d} … {xs[-1]:8d}: time ∝ n^{time_exponent:.2f}, "
+                f"memory ∝ n^{memory_exponent:.2f}",
+                estimator=label, axis=name, points=points, time_exponent=time_exponent,
+                memory_exponent=memory_exponent,
+            )  # fmt: skip
+            if axis == "draws":
+                report.claim(
+                    f"{label}: memory ∝ draws^{memory_exponent:.2f}, claimed 0.1",
+                    memory_exponent <= 0.1,
+                )
+            if axis in LINEAR:
+                report.claim(
+                    f"{label}: time ∝ {name}^{time_exponent:.2f}, claimed 1.1", time_exponent <= 1.1
+                )
+    together_or_not(report, estimators["pathwise"])
+    draw(report, curves)
+    return report.close()
+
+
+def together_or_not(report: measure.Report, estimator: Any) -> None:
+    """All eight heads as one program, and one after the other."""
+    together = point(estimator, START | {"components": 8})
+    alone = point(estimator, START | {"components": 1})
+    report.add(
+        f"eight heads as one program {together.seconds:.3f} CPU s, {together.memory / 2**20:.1f} "
+        f"MiB; one after the other {8 * alone.seconds:.3f} CPU s, {alone.memory / 2**20:.1f} MiB",
+        part="heads", together=together.seconds, in_series=8 * alone.seconds,
+        memory=together.memory, memory_in_series=alone.memory,
+    )  # fmt: skip
+
+
+def draw(report: measure.Report, curves: dict) -> None:
+    """Time and memory relative to the smallest point, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained", dpi=120)
+    axes = figure.subplots(1, 2)
+    for (label, name), points in curves.items():
+        xs, seconds, memory = (np.array(values) for values in zip(*points, strict=True))
+        style = "o-" if label == "pathwise" else "s:"
+        for ax, y in zip(axes, (seconds, memory), strict=True):
+            ax.plot(xs / xs[0], y / y[0], style, label=f"{name}, {exponent(xs, y):.2f}")
+    for ax, title in zip(axes, ("CPU seconds", "memory"), strict=True):
+        ax.set(xscale="log", yscale="log", title=title, xlabel="growth of one thing")
+        ax.legend(fontsize=7)
+    figure.savefig(report.figure)
+
+
+if __name__ == "__main__":
+    measure.pin()
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What the benchmarks compute beside the library: the torch port, the formula of devinterp."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpattern.models import transformer
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import devinterp_susceptibilities as devinterp
+import floor
+import growth
+import measure
+import reweighting
+
+CONFIG = transformer.TransformerConfig(
+    vocab_size=16, context=8, num_layers=2, num_heads=2, d_model=8, mlp_width=16,
+    positions="learned",
+)  # fmt: skip
+
+
+def stored_losses(draws=200):
+    """Losses of the size of a language model's, that hardly move, and a φ with an offset."""
+    rng = np.random.default_rng(0)
+    probes = 3 + 1e-3 * rng.normal(size=(draws, 4, 5))
+    reference = 3.2 + 1e-3 * rng.normal(size=draws) + 0.5 * (probes.mean((1, 2)) - 3)
+    full = reference.mean() - probes.mean(0) + 1e-4 * rng.normal(size=(4, 5))
+    return reference - 3.1, reference, probes, full
+
+
+def test_the_hybrid_form_is_that_of_devinterp():
+    arguments = stored_losses()
+    wanted = devinterp.published_hybrid(*arguments)
+    ours = devinterp.hybrid_from_moments(*(np.asarray(x, np.float32) for x in arguments))
+    # Losses of 3 are stored with an error of 1.2e-7, and multiplied by φ of 0.1.
+    np.testing.assert_allclose(ours, wanted, atol=5e-8)
+    assert np.abs(wanted).max() > 1e-6
+
+
+def test_the_covariance_of_stored_draws():
+    rng = np.random.default_rng(1)
+    shapes = {"loss_train": (2, 6, 3, 5), "loss_probes": (2, 6, 4, 5)}
+    losses = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    arrays = losses | {"init_loss": np.array([0.3, 0.5])}
+    tree = SimpleNamespace(dataset={n: SimpleNamespace(values=x) for n, x in arrays.items()})
+    (chi,) = devinterp.covariance_of({"l0h0": tree}, ["l0h0"])
+    level = losses["loss_train"].mean((2, 3)).ravel()
+    deviations = losses["loss_probes"].reshape(12, 20) - level[:, None]
+    wanted = -np.cov(level, deviations.T)[0, 1:].reshape(4, 5)
+    np.testing.assert_allclose(chi, wanted, rtol=1e-10)
+
+
+def test_a_false_claim_fails_and_rows_are_kept(tmp_path, capsys):
+    options = measure.parser("A test.").parse_args(["--quick", "--out", str(tmp_path)])
+    report = measure.Report("test", options)
+    report.add("a line", ratio=2.0)
+    report.claim("1 < 2", True)
+    assert report.close() == 0
+    report.claim("2 < 1", False)
+    assert report.close() == 1
+    (row,) = report.rows()
+    assert row["ratio"] == 2.0
+    assert row == json.loads((tmp_path / "test.jsonl").read_text())
+    assert "NOT MET: 2 < 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [floor.moment_update, floor.inversion])
+def test_both_sides_of_the_floor_run(part):
+    timing = measure.in_turn(part(3, 64, 20), repeats=2)
+    assert set(timing) == {"jaxpattern", "bare"}
+    assert all(len(side.all) == 2 and min(side.all) >= 0 for side in timing.values())
+
+
+def test_mixtures_are_brought_to_one_distance():
+    weights = np.array([0.5, 1.5, 0.8, 1.2])
+    for distance in (0.01, 0.2):
+        tilted = reweighting.at_distance(weights, distance)
+        assert reweighting.divergence(tilted) == pytest.approx(distance, rel=1e-6)
+        assert tilted.mean() == pytest.approx(1)
+        assert (np.argsort(tilted) == np.argsort(weights)).all()
+
+
+def test_exponents_of_power_laws():
+    x = [1.0, 2.0, 4.0]
+    assert growth.exponent(x, [3 * value**1.5 for value in x]) == pytest.approx(1.5)
+
+
+@pytest.mark.torch
+def test_the_torch_model_is_the_same():
+    import torch_model
+
+    loss_fn = transformer.make_loss_fn(CONFIG)
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 16)
+    worst = torch_model.check_port(loss_fn, transformer.init(jax.random.key(0), CONFIG), tokens)
+    assert max(worst) <= 1e-5
+
+
+@pytest.mark.torch
+def test_the_masks_select_one_head():
+    import torch_model
+
+    params = transformer.init(jax.random.key(0), CONFIG)
+    model = torch_model.to_torch(params, CONFIG)
+    masks = torch_model.head_masks(model, "l1h0")
+    model.load_state_dict(
+        {n: x * ~masks[n] if n in masks else x for n, x in model.state_dict().items()}
+    )
+    wanted = jax.tree.map(jnp.copy, params)
+    for name in "qkvo":
+        attn = wanted["layers"]["1"]["attn"]
+        attn[name] = attn[name].at[0].set(0.0)
+    jax.tree.map(np.testing.assert_array_equal, torch_model.from_torch(model), wanted)
