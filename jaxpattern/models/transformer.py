@@ -77,8 +77,7 @@ class TransformerConfig:
             )
         if self.positions not in ("relative_bias", "learned", "none"):
             raise ValueError(
-                "positions must be 'relative_bias', 'learned' or 'none', "
-                f"got {self.positions!r}"
+                f"positions must be 'relative_bias', 'learned' or 'none', got {self.positions!r}"
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
