@@ -20,7 +20,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,13 +231,41 @@ def strings_of(data: dict[str, jax.Array]) -> np.ndarray:
     return np.where(strings == END, brackets.PAD, strings)
 
 
-def outcome(settings: Settings, data: Any, withheld: Any, params: Any) -> dict[str, jax.Array]:
+def outcome(
+    model: TransformerConfig, data: Any, withheld: Any, params: Any
+) -> dict[str, jax.Array]:
     """Accuracy on the training strings and on the withheld ones: 1 is NESTED, 0 EQUAL-COUNT."""
-    z = partial(classifier.logit, params, config=settings.model)
+    z = partial(classifier.logit, params, config=model)
     return {
         "accuracy": jnp.mean((z(data["tokens"]) > 0) == (data["label"] > 0.5)),
         "out": jnp.mean(z(withheld["tokens"]) < 0),
     }
+
+
+@cache
+def outcomes(model: TransformerConfig) -> Any:
+    """The outcome of several seeds; compiled once."""
+    return jax.jit(jax.vmap(partial(outcome, model), in_axes=(None, None, 0)))
+
+
+@cache
+def optimizer(rate: float, decay: float) -> optax.GradientTransformation:
+    """One object for all runs, so that they share a compiled program."""
+    return optax.adamw(rate, weight_decay=decay)
+
+
+@cache
+def observer(model: TransformerConfig) -> Any:
+    """What is recorded along a chain; one object for all solutions."""
+    loss_fn = classifier.make_loss_fn(model)
+
+    def observe(data: Any, withheld: Any, reference: Any, params: Any) -> dict[str, jax.Array]:
+        return {
+            "excess": loss_fn(params, data) - reference,
+            **outcome(model, data, withheld, params),
+        }
+
+    return observe
 
 
 def train(
@@ -259,10 +287,10 @@ def train(
         )(keys)
         params, _ = jp.train(
             keys, classifier.make_loss_fn(settings.model), start, data,
-            optax.adamw(settings.rate, weight_decay=settings.decay), num_steps=settings.steps,
+            optimizer(settings.rate, settings.decay), num_steps=settings.steps,
             batch_size=settings.batch, weights=weights, progress=False,
         )  # fmt: skip
-        values = jax.jit(jax.vmap(partial(outcome, settings, data, withheld)))(params)
+        values = outcomes(settings.model)(data, withheld, params)
         if weights_too:
             values["params"] = jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])(params)
         runs.append(values)
@@ -310,16 +338,13 @@ def measure(settings: Settings, data: Any, withheld: Any, params: Any) -> dict[s
     run = (jax.random.key(7), posterior, jp.sgld(step_size=settings.step_size), settings.plan)
     reference = loss_fn(params, data)
 
-    def observe(params: Any) -> dict[str, jax.Array]:
-        return {"excess": loss_fn(params, data) - reference,
-                **outcome(settings, data, withheld, params)}  # fmt: skip
-
+    observe = jax.tree_util.Partial(observer(settings.model), data, withheld, reference)
     trace = jp.sample(*run, observe, progress=False)
     excess = np.asarray(trace["excess"])
     value = jp.summarize(
         settings.nbeta * jnp.mean(trace["excess"], axis=-1), num_batches=settings.plan.batches
     )
-    start = outcome(settings, data, withheld, params)
+    start = outcome(settings.model, data, withheld, params)
     # A chain has left its basin where a draw forgot strings, or changed sides on withheld ones.
     kept = np.asarray(trace["accuracy"]).min() > float(start["accuracy"]) - 0.01
     side = np.abs(np.asarray(trace["out"]) - float(start["out"])).max() < 0.5
