@@ -1,0 +1,36 @@
+"""What the examples keep between runs."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("stages")
+
+
+def test_a_stage_of_other_settings_is_made_again(stages, tmp_path, capsys):
+    first, other = (stages.Stages(tmp_path, {"setting": value}) for value in (1, 2))
+    assert first.stage("name", lambda: {"x": 1}) == {"x": 1}
+    assert first.stage("name", lambda: {"x": 2}) == {"x": 1}
+    assert "made again" not in capsys.readouterr().out
+    assert first.stage("name", lambda: {"x": 3}, step=5) == {"x": 3}
+    assert other.stage("name", lambda: {"x": 4}, step=5) == {"x": 4}
+    assert "made again" in capsys.readouterr().out
+
+
+def test_an_interrupted_stage_leaves_the_one_before(stages, tmp_path):
+    store = stages.Stages(tmp_path, None)
+    store.stage("name", lambda: {"x": 1})
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.stage("name", interrupted, step=1)
+    assert store.stage("name", lambda: {"x": 2}) == {"x": 1}
