@@ -118,8 +118,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     category = brackets.categories(texts)
 
     stages.title("a. solutions of both kinds, on unweighted data")
-    base = stages.stage("base", lambda: train(settings, train_set, withheld, None, 1000,
-                                              settings.base_seeds, weights_too=True))  # fmt: skip
+    base = train_all(
+        stages, "base", settings, 1000, settings.base_seeds, train_set, withheld, None,
+        weights_too=True,
+    )  # fmt: skip
     print(f"   {count(base)}")
 
     stages.title("b. LLC of the solutions, and its response to every string")
@@ -160,10 +162,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     finals, rows = {}, {}
     for arm in options.arms:
         rho = weights[arm]
-        finals[arm] = stages.stage(
-            "arm-" + arm.replace(" ", "-"),
-            partial(train, settings, train_set, withheld, rho, 5000, settings.fresh_seeds),
-            weights=hashlib.sha256(np.float32(rho).tobytes()).hexdigest(),
+        finals[arm] = train_all(
+            stages, "arm-" + arm.replace(" ", "-"), settings, 5000, settings.fresh_seeds,
+            train_set, withheld, rho, weights=hashlib.sha256(np.float32(rho).tobytes()).hexdigest(),
         )  # fmt: skip
         rows[arm] = row_of(finals[arm], finals[options.arms[0]])
         print(
@@ -273,28 +274,41 @@ def train(
     data: Any,
     withheld: Any,
     weights: np.ndarray | None,
-    first_seed: int,
-    num: int,
+    seeds: Sequence[int],
     weights_too: bool = False,
 ) -> dict[str, Any]:
-    """Accuracies of seeds from `first_seed` on; the same seed is the same start and batches."""
+    """Accuracies of some seeds; the same seed is the same start and batches."""
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+    start = jax.vmap(lambda key: classifier.init(jax.random.fold_in(key, 10**6), settings.model))(
+        keys
+    )
+    params, _ = jp.train(
+        keys, classifier.make_loss_fn(settings.model), start, data,
+        optimizer(settings.rate, settings.decay), num_steps=settings.steps,
+        batch_size=settings.batch, weights=weights, progress=False,
+    )  # fmt: skip
+    values = outcomes(settings.model)(data, withheld, params)
+    if weights_too:
+        values["params"] = jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])(params)
+    return values
+
+
+def train_all(
+    stages: Stages, name: str, settings: Settings, first_seed: int, num: int, *args: Any,
+    weights_too: bool = False, **depends: Any,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Seeds from `first_seed` on, some together; each such group is a stage."""
     runs = []
     for first in range(first_seed, first_seed + num, settings.together):
-        size = min(settings.together, first_seed + num - first)
-        keys = jax.vmap(jax.random.key)(jnp.arange(first, first + size))
-        start = jax.vmap(
-            lambda key: classifier.init(jax.random.fold_in(key, 10**6), settings.model)
-        )(keys)
-        params, _ = jp.train(
-            keys, classifier.make_loss_fn(settings.model), start, data,
-            optimizer(settings.rate, settings.decay), num_steps=settings.steps,
-            batch_size=settings.batch, weights=weights, progress=False,
-        )  # fmt: skip
-        values = outcomes(settings.model)(data, withheld, params)
-        if weights_too:
-            values["params"] = jax.vmap(lambda p: jax.flatten_util.ravel_pytree(p)[0])(params)
-        runs.append(values)
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *runs)
+        seeds = range(first, min(first + settings.together, first_seed + num))
+        runs.append(
+            stages.stage(
+                f"{name}/{first}",
+                partial(train, settings, *args, list(seeds), weights_too),
+                **depends,
+            )
+        )
+    return {key: np.concatenate([run[key] for run in runs]) for key in runs[0]}
 
 
 def params_of(settings: Settings, base: dict[str, np.ndarray], seed: int) -> Any:
