@@ -5,13 +5,19 @@ A model may learn NESTED (no prefix closes more than it opened, and the counts a
 EQUAL-COUNT (the counts agree); strings with equal counts that are not nested are withheld, and
 tell which. Around several solutions of each kind the local learning coefficient is measured, with
 a check that its chains stay in the basin, and how it answers to the weight of every training
-string. Weights that raise the LLC of one kind against that of the other are then given to fresh
-seeds, beside the same weights on permuted strings and a weighting by hand.
+string. Fresh seeds are trained on weights along two such differences of responses, each normalised
+per string: "towards EQUAL-COUNT" follows that of the LLC whose loss is re-weighted too, "towards
+NESTED" the logarithm of the ratio of its direct terms. Beside them stand the same weights on
+permuted strings, and weightings by hand.
+
+Both follow the response of LLC(EQUAL-COUNT) − LLC(NESTED) upwards. Naively that should favour
+NESTED; development seeds went the other way along the first and nowhere along the second, so which
+one is called what is an observation, not a prediction (`docs/parentheses.md` has all variants).
 
     python examples/parentheses.py [--scale small|paper] [--out parentheses_results]
 
-writes `parentheses.png`, `parentheses.json` and the weights. Stages that are done are read from
-the folder when it is run again.
+writes `parentheses.png` and `parentheses.json`. Stages that are done, eight seeds at a time, are
+read from the folder when it is run again.
 """
 
 from __future__ import annotations
