@@ -51,7 +51,7 @@ class TransformerConfig:
         mlp_width: width F of the hidden layer of each MLP; 0 leaves the MLPs out.
         positions: "relative_bias" adds a learned b_{t−s} to each head's attention, which starts
             at −2^−h (t−s) for head h of layer 0 and at 0 above; "learned" adds a vector a
-            position to the embedding.
+            position to the embedding; "none" adds nothing, and only the causal mask tells order.
         tied: read out with the embedding, R = Eᵀ/√D, which is then scaled up by √D at the input.
         dtype: what activations and matrix products are computed in. Weights, norms, softmax,
             logits and losses are float32 in any case.
@@ -63,7 +63,7 @@ class TransformerConfig:
     num_heads: int
     d_model: int
     mlp_width: int = 0
-    positions: Literal["relative_bias", "learned"] = "relative_bias"
+    positions: Literal["relative_bias", "learned", "none"] = "relative_bias"
     tied: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -75,9 +75,9 @@ class TransformerConfig:
             raise ValueError(
                 f"d_model must be a multiple of num_heads, got {self.d_model} and {self.num_heads}"
             )
-        if self.positions not in ("relative_bias", "learned"):
+        if self.positions not in ("relative_bias", "learned", "none"):
             raise ValueError(
-                f"positions must be 'relative_bias' or 'learned', got {self.positions!r}"
+                f"positions must be 'relative_bias', 'learned' or 'none', got {self.positions!r}"
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
