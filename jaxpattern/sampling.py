@@ -71,8 +71,7 @@ class Plan:
             as make 20 over all chains. A batch should span many relaxation times.
         chunk: samples evaluated at a time in passes over probes and data, where memory is short.
         chains_at_once: chains (of all components) that a device advances together while its
-            others wait, where memory is short; None: all it has. A fixed number also makes what
-            is compiled for a chain the same whatever the number of devices.
+            others wait, where memory is short; None: all it has.
     """
 
     num_chains: int = 4
