@@ -79,7 +79,13 @@ def resolve_mesh(given: Any) -> Mesh | None:
         TypeError: it is not a mesh.
         ValueError: it has none of the axes, or axes of another type than Auto.
     """
-    found = jax.sharding.get_mesh() if given is None else given
+    if given is None:
+        try:
+            found = jax.sharding.get_mesh()
+        except ValueError:  # inside a transform, which places what it computes
+            return None
+    else:
+        found = given
     if not isinstance(found, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, such as jp.mesh(), got {found!r:.80}")
     known = [axis for axis in AXES if axis in found.axis_names]

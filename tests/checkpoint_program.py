@@ -86,8 +86,8 @@ def record(log, line):
 def main(driver, folder, log, result, every_seconds="0"):
     resume, save = Stage.resume, Stage.save
 
-    def logged_resume(stage, start):
-        position, state = resume(stage, start)
+    def logged_resume(stage, *args):
+        position, state = resume(stage, *args)
         record(log, f"resumed {stage._name} {position}")
         return position, state
 

@@ -534,7 +534,7 @@ def test_toy_model_of_superposition():
         toy.loss_fn, params, features, nbeta=30.0, localization=20.0,
         weights=jnp.asarray(mixture, jnp.float32),
     )  # fmt: skip
-    plan = jp.Plan(num_chains=192, num_burnin=400, num_draws=80, thin=20, num_batches=2)
+    plan = jp.Plan(num_chains=384, num_burnin=400, num_draws=80, thin=20, num_batches=2)
     response = jp.susceptibilities(
         KEY, posterior, jp.sgld(step_size=1e-3), plan, probes={"features": features},
         observables={
