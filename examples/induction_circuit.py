@@ -20,7 +20,7 @@ when measured again around a model trained on the first weights). On seeds 300 t
 circuit over those of the unweighted run, median [least, most]:
 
     up 0.47 [0.40, 0.53]   half up 0.57   weights of the first round 0.55 [0.49, 0.61]
-    down, half down: not within 1,000 steps, twice the unweighted 380 to 530, in any of eight
+    down, half down: not within 1,000 steps in any of eight (unweighted: 380 to 530)
     permuted up, down 1.32, 1.38   gzip 0.70   gradient similarity 0.95   bigram loss - loss 0.43
     repeated bigrams, at the effective sample size of "up" 0.36
     no landscape (nβ = 0) 0.71   local noise 1.04
