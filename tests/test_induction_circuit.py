@@ -38,9 +38,10 @@ def test_it_keeps_every_stage(run):
     result, out = run
     stages = {path.name for path in out.glob("*.npz")}
     assert stages > {"data.npz", "base.npz", "response.npz", "gradient.npz"}
-    assert len(stages) == 6  # and those of the two groups of heads
+    assert stages > {"again.npz", "second_round.npz"}
+    assert len(stages) == 8  # and those of the two groups of heads
     assert {path.stem for path in (out / "runs").glob("*.npz")} == {
-        f"{arm.replace(' ', '_')}-100" for arm in ["unweighted", *ARMS]
+        f"{arm.replace(' ', '_')}-300" for arm in ["unweighted", *ARMS]
     }
     assert (out / "induction_circuit.png").stat().st_size > 10_000
     written = json.loads((out / "report.json").read_text())
@@ -66,7 +67,7 @@ def test_a_second_call_goes_on_and_adds_a_seed(example, run, capsys):
     more = example.main(arguments)
     after = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
     assert {path: after[path] for path in before} == before
-    assert {path.stem for path in set(after) - set(before)} == {"unweighted-101", "up-101"}
+    assert {path.stem for path in set(after) - set(before)} == {"unweighted-301", "up-301"}
     assert more["arms"]["up"]["loss_ratio"][0] == result["arms"]["up"]["loss_ratio"][0]
     assert "made again" not in capsys.readouterr().out
 
