@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import language_model
-import measure
 import numpy as np
 
 import jaxpattern as jp
+import language_model
+import measure
 
 CLAIMED = 20.0
 COVERAGE = 0.85
@@ -96,6 +96,7 @@ def language(steps: int) -> Problem:
 
     def in_torch() -> tuple[Any, Any, Any]:
         import torch
+
         import torch_model
 
         torch_model.check_port(model.loss_fn, model.params, model.probes)
@@ -138,6 +139,7 @@ def ours(problem: Problem, seeds: int) -> Runs:
 def theirs(problem: Problem, seeds: int) -> Runs:
     """devinterp, one run a seed."""
     from devinterp.slt.llc import llc
+
     from devinterp_susceptibilities import Windows, without_progress
 
     without_progress()

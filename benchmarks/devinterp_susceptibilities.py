@@ -39,11 +39,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import language_model
-import measure
 import numpy as np
 
 import jaxpattern as jp
+import language_model
+import measure
 from jaxpattern import moments
 
 NBETA, LOCALIZATION, STEP_SIZE, BATCH, THIN, BURNIN, CHAINS = 30.0, 300.0, 1e-3, 16, 6, 72, 4
@@ -208,9 +208,10 @@ class Task:
     def devinterp(self, draws: int, seed: int, folder: Path) -> Theirs:
         """χ as devinterp measures it, in the order of our probes."""
         import torch
-        import torch_model
         import xarray
         from devinterp.slt.susceptibilities import susceptibilities
+
+        import torch_model
 
         without_progress()
         model = torch_model.to_torch(self.model.params, self.model.loss_fn.config)

@@ -26,11 +26,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import language_model
-import measure  # first, it pins the process
 from blackjax.base import SamplingAlgorithm
 
 import jaxpattern as jp
+import language_model
+import measure  # first, it pins the process
 from jaxpattern import moments
 
 BATCH = 16

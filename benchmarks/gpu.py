@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import measure
 
 import jaxpattern as jp
+import measure
 from jaxpattern.models import transformer
 
 PAPER = transformer.TransformerConfig(

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import measure
 import numpy as np
 
 import jaxpattern as jp
+import measure
 from jaxpattern.models import transformer
 
 START = {"chains": 2, "components": 2, "probes": 32, "draws": 24, "width": 64, "context": 32}

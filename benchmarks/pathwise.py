@@ -33,10 +33,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import language_model
 import numpy as np
 
 import jaxpattern as jp
+import language_model
 
 BATCH = 16
 

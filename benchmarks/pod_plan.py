@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
@@ -238,32 +238,53 @@ def programs(config: Any, chips: int, quick: bool) -> list[tuple[str, Any, bool]
     ]  # fmt: skip
 
 
-def gradients(estimator: str, sequences: int, components: int) -> float:
-    """Gradients of one sequence that a run needs, under the plan that `main` prints."""
-    chains, burnin, draws, thin, batch = 4, 100, 200, 10, 32
-    steps = burnin + draws * thin
+class Run(NamedTuple):
+    """A published response run: what was measured, how, and what it is said to have cost."""
+
+    name: str
+    size: float  # parameters
+    tokens: float  # whose susceptibilities are measured
+    components: int
+    thin: int  # steps between draws
+    cost: float  # hours
+    peak: float  # bf16 FLOP/s of what the hours are of
+
+
+PUBLISHED = (
+    # 1.1 H200-hours per 1,000 tokens.
+    Run("4.25M tokens × 410 components, 1.4B", 1.4e9, 4.25e6, 410, 160, 1.1 * 4250, 989e12),
+    # 2,000 B200-hours a response matrix; the length of a sample is not published, 512 is assumed.
+    Run("74,508 samples × all weights, 9B", 9e9, 74_508 * 512, 1, 30, 2000, 2250e12),
+)
+CHAINS, DRAWS, BURNIN, BATCH = 4, 100, 200, 32 * 512  # BATCH in tokens
+
+
+def cost(run: Run, estimator: str) -> float:
+    """FLOPs: 2 a parameter and token forward, 6 with the gradient, 12 of a Hessian-vector product.
+
+    A draw of the covariance is a forward pass of all probes. The adjoint runs back over the steps
+    of the last `window`, a Hessian-vector product of a quarter of the batch each, and every `thin`
+    steps differentiates all probes along itself (4 a parameter and token). Both give `DRAWS` draws.
+    """
+    steps = BURNIN + DRAWS * run.thin
+    sampling = 6 * BATCH * steps
     if estimator == "covariance":
-        return chains * components * (steps * batch + draws * sequences / 3)
-    window, every, part = 40, 10, batch // 4
-    swept = steps + window
-    return chains * components * (
-        steps * batch + swept * part * 3 + swept / every * sequences * 3 / 3
-    )  # fmt: skip
+        response = 2 * run.tokens * DRAWS
+    else:
+        response = 12 * BATCH / 4 * steps + 4 * run.tokens * DRAWS
+    return CHAINS * run.components * run.size * (sampling + response)
 
 
 def published() -> list[dict[str, Any]]:
-    """Predicted chip-hours of two published runs."""
+    """Predicted chip-hours of two published runs, and what they are said to have cost, as FLOPs."""
     rows = []
-    runs = (
-        ("4.25M tokens × 410 components, 1.4B", 1.4e9, 4_250_000 // 512, 410, 512),
-        ("74,508 samples × all weights, 9B", 9e9, 74_508, 1, 512),
-    )
-    for name, size, sequences, components, length in runs:
+    for run in PUBLISHED:
         for estimator in ("covariance", "pathwise"):
-            count = gradients(estimator, sequences, components)
-            hours = count * 6 * size * length / (PEAK * UTILISATION) / 3600
+            flops = cost(run, estimator)
             rows.append({
-                "run": name, "estimator": estimator, "gradients": count, "chip_hours": hours,
+                "run": run.name, "estimator": estimator, "flops": flops,
+                "chip_hours": flops / (PEAK * UTILISATION) / 3600,
+                "published_chip_hours": run.cost * run.peak / PEAK,
             })  # fmt: skip
     return rows
 
@@ -284,9 +305,13 @@ def main(arguments: list[str] | None = None) -> int:
             row = report(name, chips, lower(), silent)
             rows.append(row | {"model": "small" if options.quick else "1.4B"})
             print(json.dumps(rows[-1]), flush=True)
-    print("plan: 4 chains, 100 steps burn-in, 200 draws 10 steps apart, batches of 32 sequences")
+    print(
+        f"v5e chip-hours at {UTILISATION:.0%} of the peak, of {CHAINS} chains, {BURNIN} steps of "
+        f"burn-in, {DRAWS} draws, {BATCH:,} tokens a batch; said to have cost, hours × peak / peak"
+    )
     for row in published():
-        print(f"{row['run']:40s}{row['estimator']:12s}{row['chip_hours']:14,.0f} v5e chip-hours")
+        print(f"{row['run']:38s}{row['estimator']:12s}{row['chip_hours']:12,.0f}"
+              f"{row['published_chip_hours']:12,.0f}")  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) for row in [*rows, *published()]]
     (options.out / "pod_plan.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -31,11 +31,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import measure
 import numpy as np
 import optax
 
 import jaxpattern as jp
+import measure
 from jaxpattern.models import make_loss_fn, transformer
 
 

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import devinterp_susceptibilities as setting
-import language_model
-import measure
 import numpy as np
 
+import devinterp_susceptibilities as setting
 import jaxpattern as jp
+import language_model
+import measure
 
 CLAIMED = 20.0
 HEAD = "l1h0"
@@ -33,8 +33,9 @@ HEAD = "l1h0"
 def torch_chi(task: setting.Task, draws: int, seed: int, per_sample: bool) -> np.ndarray:
     """χ_z = −Cov[φ, ℓ_z − L], [B, T]."""
     import torch
-    import torch_model
     from torch.func import functional_call, grad, vmap
+
+    import torch_model
 
     generator = torch.Generator().manual_seed(seed)
     model = torch_model.to_torch(task.model.params, task.model.loss_fn.config)

@@ -35,8 +35,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +45,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from stages import Stages
 
 import jaxpattern as jp
 from jaxpattern import metrics
 from jaxpattern.data import subwords, text
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
+from stages import Stages
+from weighting import area, sample_share
 
 FORMED = 0.3  # the prefix-matching score of the best head from which the circuit counts as formed
 RELIABLE = 0.5  # the agreement of two halves from which a direction is taken for more than noise
@@ -419,17 +420,6 @@ def susceptibilities(
     )  # fmt: skip
 
 
-def area(score: np.ndarray, member: np.ndarray) -> float:
-    """The chance that a random member has a higher score than a random other, ½ for no relation."""
-    member = member.reshape(-1)
-    rank = np.empty(score.size)
-    rank[np.argsort(score.reshape(-1), kind="stable")] = np.arange(score.size)
-    inside, outside = int(member.sum()), int((~member).sum())
-    if not inside or not outside:
-        return math.nan
-    return float((rank[member].sum() - inside * (inside - 1) / 2) / (inside * outside))
-
-
 def print_directions(lab: Lab, response: jp.Response, probes: np.ndarray) -> list[tuple[str, ...]]:
     """The directions, and the two groups of heads that one of them sets against each other.
 
@@ -514,30 +504,35 @@ def score_tokens(
     what these weights strengthen stands out more there.
     """
     settings = lab.settings
-    base = look_at(lab, params)
+    base = cache(lambda: look_at(lab, params))
 
     def measured(
-        stage: str, group: Sequence[str], model: Model = base, *, count: int | None = None,
-        around: str = "base", **changes: float,
+        stage: str, group: Sequence[str], model: Callable[[], Model] = base, *,
+        count: int | None = None, around: str = "base", **changes: float,
     ) -> np.ndarray:  # fmt: skip
         order = np.random.default_rng(3).permutation(settings.windows)
         chosen = np.sort(order[: count or settings.measured_windows])
-        component = {"+".join(group): group_of(model.params, group)}
 
         def measure() -> dict[str, Any]:
+            start = model().params
             found = susceptibilities(
-                lab, model.params, component, settings.token_plan, settings.token_window,
-                lab.train[chosen], **changes,
+                lab, start, {"+".join(group): group_of(start, group)}, settings.token_plan,
+                settings.token_window, lab.train[chosen], **changes,
             )  # fmt: skip
-            return {"chi": found.chi["tokens"][0], "halves": found.halves["tokens"][:, 0]}
+            chi = np.asarray(found.chi["tokens"][0])
+            kept = {"chi": chi, "halves": found.halves["tokens"][:, 0]}
+            if len(chosen) < settings.windows:
+                score = standardised(-chi)
+                kept["predicted"], kept["r2"] = predict_scores(lab, model(), chosen, score)
+            return kept
 
         depends = chosen_settings(settings, TOKENS) | {"group": group, "around": around} | changes
         kept = store.stage(stage, measure, windows_measured=len(chosen), **depends)
         halves = np.corrcoef(*kept["halves"].reshape(2, -1))[0, 1]
-        score = standardised(-kept["chi"])
+        score = -kept["chi"]
         print(f"   {stage}: {score.size} tokens measured, halves agree {halves:.2f}")
         if len(chosen) < settings.windows:
-            score, fit = predict_scores(lab, model, chosen, score)
+            score, fit = kept["predicted"], kept["r2"]
             print(f"      predicted for all tokens from the model's states, held-out R² {fit:.2f}")
         print("      " + areas_of(lab, score))
         return standardised(score)
@@ -562,7 +557,7 @@ def score_tokens(
         f"   The base model trained on these weights forms the circuit at step {again['formed']:g}"
     )
     score = measured(
-        "second_round", groups[main], look_at(lab, lab.unpack(again["params"])),
+        "second_round", groups[main], lambda: look_at(lab, lab.unpack(again["params"])),
         count=settings.again_windows, around=digest(again["params"]),
     )  # fmt: skip
     # The second without what it shares with the first, which is to be left alone.
@@ -578,7 +573,9 @@ def score_tokens(
         )  # fmt: skip
     tokens = np.asarray(lab.train)
     scores["repeated bigram"] = lab.classes["repeated bigram"].astype(np.float32)
-    scores["bigram loss - loss"] = -lab.bigram[tokens[:, :-1], tokens[:, 1:]] - base.losses
+    scores["bigram loss - loss"] = -lab.bigram[tokens[:, :-1], tokens[:, 1:]] - np.asarray(
+        all_losses(lab, params)
+    )
     if "gzip" in arms:
         scores["gzip"] = subwords.bytes_saved(tokens, lab.texts)
     if "gradient" in arms:
@@ -671,12 +668,6 @@ def normalised(weights: np.ndarray) -> np.ndarray:
     """Weights of mean 1, none negative."""
     weights = np.maximum(weights, 0.0)
     return (weights / weights.mean()).astype(np.float32)
-
-
-def sample_share(weights: np.ndarray) -> float:
-    """(Σρ)² / (N Σρ²), the effective sample size as a share of all."""
-    weights = weights.astype(np.float64)
-    return float(weights.mean() ** 2 / (weights**2).mean())
 
 
 def at_share(score: np.ndarray, share: float) -> np.ndarray:

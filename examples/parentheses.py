@@ -38,12 +38,13 @@ import optax
 import scipy.optimize
 import scipy.stats
 from matplotlib.figure import Figure
-from stages import Stages
 
 import jaxpattern as jp
 from jaxpattern.data import brackets
 from jaxpattern.models import classifier
 from jaxpattern.models.transformer import TransformerConfig
+from stages import Stages
+from weighting import area, sample_share
 
 START, END, VOCABULARY = 3, 4, 5
 # The shortest length at which a kind has strings that begin with "(" and end with ")".
@@ -166,13 +167,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     stages.title("d. fresh seeds")
     finals, rows = {}, {}
-    for arm in options.arms:
+    for arm in dict.fromkeys(("unweighted", *options.arms)):
         rho = weights[arm]
         finals[arm] = train_all(
             stages, "arm-" + arm.replace(" ", "-"), settings, 5000, settings.fresh_seeds,
             train_set, withheld, rho, weights=hashlib.sha256(np.float32(rho).tobytes()).hexdigest(),
         )  # fmt: skip
-        rows[arm] = row_of(finals[arm], finals[options.arms[0]])
+        rows[arm] = row_of(finals[arm], finals["unweighted"])
         print(
             f"   {arm:22s} {count(finals[arm])}; sample share {sample_share(rho):.2f}", flush=True
         )
@@ -472,15 +473,6 @@ def weights_of(
     return weights
 
 
-def area(values: np.ndarray, members: np.ndarray, others: np.ndarray) -> float:
-    """Probability that a member has a larger value than another string (AUC)."""
-    if not members.any() or not others.any():
-        return float("nan")
-    ranks = scipy.stats.rankdata(np.concatenate([values[members], values[others]]))
-    n, m = members.sum(), others.sum()
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
-
-
 def tilted(score: np.ndarray, nested: np.ndarray, share: float) -> np.ndarray:
     """The weights of least relative entropy along a score, of a wanted effective sample size.
 
@@ -498,11 +490,6 @@ def tilted(score: np.ndarray, nested: np.ndarray, share: float) -> np.ndarray:
         return rho
 
     return weights(scipy.optimize.brentq(lambda a: sample_share(weights(a)) - share, 0, 50))
-
-
-def sample_share(weights: np.ndarray) -> float:
-    """(Σρ)² / Σρ², over the number of strings."""
-    return float(weights.sum() ** 2 / (weights**2).sum() / len(weights))
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:

@@ -30,10 +30,10 @@ import numpy as np
 import optax
 import scipy.stats
 from matplotlib.figure import Figure
-from stages import Stages
 
 import jaxpattern as jp
 from jaxpattern.models import superposition
+from stages import Stages
 
 FEATURES = 6
 PRESENT = 0.4  # the least length of a feature that counts as represented

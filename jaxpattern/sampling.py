@@ -493,14 +493,15 @@ def run_chains(
             size = max(1, -(-total * thin * _PROGRESS_CHUNKS // plan.num_steps))
             size = -(-total // size) if total else 1
             for start, stop in stage.chunks(max(done - before, 0), total, size):
-                chains = advance(chains, lanes, _bounds(start, stop, mesh), plan, mesh)
+                chains = advance(chains, lanes, loop_bounds(start, stop, mesh), plan, mesh)
                 jax.block_until_ready(chains)
                 bar.update((stop - start) * thin)
                 stage.save(before + stop, chains)
     return fetch(finish(chains._replace(state=())), mesh)
 
 
-def _bounds(start: int, stop: int, mesh: Mesh | None) -> tuple[Array, Array]:
+def loop_bounds(start: int, stop: int, mesh: Mesh | None) -> tuple[Array, Array]:
+    """The ends of a chunk as arrays, so that all chunks share a compiled program."""
     return put((jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)), mesh)
 
 
@@ -524,7 +525,7 @@ def burn_in(
     if not stage.saves and num_steps:
         return burn(chains, lanes, None, plan, mesh, (0, num_steps)).state
     for start, stop in stage.chunks(done, num_steps, num_steps):
-        chains = burn(chains, lanes, _bounds(start, stop, mesh), plan, mesh)
+        chains = burn(chains, lanes, loop_bounds(start, stop, mesh), plan, mesh)
         stage.save(stop, jax.block_until_ready(chains))
     return chains.state
 

@@ -28,7 +28,7 @@ from jaxpattern.distributed import (
     resolve_mesh,
 )
 from jaxpattern.posterior import Minibatch, check_finite_losses, check_loss, normalise_weights
-from jaxpattern.sampling import as_pytree_function
+from jaxpattern.sampling import as_pytree_function, loop_bounds
 from jaxpattern.types import Batch, LossFn, Params
 from jaxpattern.validation import (
     batch_length,
@@ -180,8 +180,7 @@ def train(
                 disable=not progress,
             ) as bar:  # fmt: skip
                 for start, stop in stage.chunks(done, num_steps, size):
-                    bounds = jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
-                    bounds = put(bounds, mesh)
+                    bounds = loop_bounds(start, stop, mesh)
                     state = _advance(run, state, key, weighted, metrics, bounds)
                     state = jax.block_until_ready(state)
                     if progress and state.loss.is_fully_addressable:

@@ -1,8 +1,6 @@
 """What the benchmarks compute beside the library: the torch port, the formula of devinterp."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpattern.models import transformer
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import devinterp_susceptibilities as devinterp
 import floor
 import growth
 import measure
 import reweighting
+from jaxpattern.models import transformer
 
 CONFIG = transformer.TransformerConfig(
     vocab_size=16, context=8, num_layers=2, num_heads=2, d_model=8, mlp_width=16,

@@ -1,29 +1,21 @@
 """The induction demonstration at its tiniest: every stage, what it keeps, and going on."""
 
-import importlib
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import induction_circuit as example
+
 pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 ARMS = ["up", "down", "permuted up", "permuted down", "repeated bigram", "gzip", "gradient"]
 
 
 @pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield importlib.import_module("induction_circuit")
-
-
-@pytest.fixture(scope="module")
-def run(example, tmp_path_factory):
+def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("induction")
     arguments = ["--scale", "test", "--out", str(out), "--seeds", "1", "--arms", *ARMS]
     # Nearly all of the time is compilation of programs that run for a moment.
@@ -60,7 +52,7 @@ def test_weights_have_one_histogram_when_permuted_and_one_sample_size_among_base
         assert arms[arm]["sample_share"] == pytest.approx(arms["up"]["sample_share"], rel=1e-2)
 
 
-def test_a_second_call_goes_on_and_adds_a_seed(example, run, capsys):
+def test_a_second_call_goes_on_and_adds_a_seed(run, capsys):
     result, out = run
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
     arguments = ["--scale", "test", "--out", str(out), "--seeds", "2", "--arms", "up"]
@@ -72,14 +64,14 @@ def test_a_second_call_goes_on_and_adds_a_seed(example, run, capsys):
     assert "made again" not in capsys.readouterr().out
 
 
-def test_formation_is_the_first_record_above_the_threshold(example):
+def test_formation_is_the_first_record_above_the_threshold():
     prefix = np.zeros((4, 2, 2))
     prefix[2:, 1, 0] = 0.4
     assert example.formation(np.array([0, 10, 20, 30]), prefix) == 20
     assert example.formation(np.array([0, 10, 20, 30]), 0 * prefix) == np.inf
 
 
-def test_exact_statistics(example):
+def test_exact_statistics():
     few, many = np.arange(8.0), np.full(8, np.inf)
     assert example.sign_test(few, many) == 1 / 256
     assert example.sign_test(many, many) == 1
@@ -88,7 +80,7 @@ def test_exact_statistics(example):
     assert example.median_interval(np.arange(9.0)) == (4, 1, 7)
 
 
-def test_weights_of_a_wanted_sample_size(example):
+def test_weights_of_a_wanted_sample_size():
     score = np.random.default_rng(0).normal(size=4000)
     for share in (0.5, 0.8):
         weights = example.at_share(score, share)
@@ -99,7 +91,7 @@ def test_weights_of_a_wanted_sample_size(example):
     assert example.area(-score, score > 0) == 0
 
 
-def test_the_published_scale_can_be_built(example):
+def test_the_published_scale_can_be_built():
     settings = example.SCALES["paper"]
     assert settings.model.d_model == 256
     assert settings.model.num_layers * settings.model.num_heads == 16
@@ -116,7 +108,7 @@ def test_the_published_scale_can_be_built(example):
         (["--scale", "large"], "invalid choice"),
     ],
 )
-def test_bad_arguments_are_refused(example, capsys, options, message):
+def test_bad_arguments_are_refused(capsys, options, message):
     with pytest.raises(SystemExit):
         example.parse(options)
     assert message in capsys.readouterr().err

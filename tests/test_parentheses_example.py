@@ -1,33 +1,17 @@
 """The example that chooses between two rules: its parts, and all of it at its smallest."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import parentheses as example
 from jaxpattern.data import brackets
 from jaxpattern.models import classifier
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
-
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location(
-        "parentheses_example", EXAMPLES / "parentheses.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_training_strings_fit_both_rules_and_the_withheld_ones_do_not(example):
+def test_training_strings_fit_both_rules_and_the_withheld_ones_do_not():
     train_set, withheld = example.make_data(example.SCALES["test"])
     strings = example.strings_of(train_set)
     category = brackets.categories(strings)
@@ -43,7 +27,7 @@ def test_training_strings_fit_both_rules_and_the_withheld_ones_do_not(example):
         assert all(text[0] == "(" and text[-1] == ")" for text in texts)
 
 
-def test_tilted_weights_have_the_wanted_sample_share_and_keep_the_labels(example):
+def test_tilted_weights_have_the_wanted_sample_share_and_keep_the_labels():
     rng = np.random.default_rng(0)
     nested = np.arange(400) < 100
     score = rng.normal(size=400) + 3 * nested
@@ -58,14 +42,14 @@ def test_tilted_weights_have_the_wanted_sample_share_and_keep_the_labels(example
     np.testing.assert_allclose(logs, np.polyval(slope, score[nested]), atol=1e-8)
 
 
-def test_area_counts_pairs(example):
+def test_area_counts_pairs():
     values = np.array([3.0, 1.0, 2.0, 2.0, 0.0])
     members = np.array([True, False, True, False, False])
     # 3 beats 1, 2 and 0; 2 beats 1 and 0 and ties with 2.
     assert example.area(values, members, ~members) == pytest.approx(5.5 / 6)
 
 
-def test_seeds_that_did_not_learn_count_for_neither_rule(example):
+def test_seeds_that_did_not_learn_count_for_neither_rule():
     def runs(*out):
         return {"accuracy": np.array([1.0, 1.0, 1.0, 0.5]), "out": np.array(out)}
 
@@ -78,7 +62,7 @@ def test_seeds_that_did_not_learn_count_for_neither_rule(example):
     assert row["NESTED"]["fisher"] == pytest.approx(0.1)
 
 
-def test_the_published_scale_can_be_built(example):
+def test_the_published_scale_can_be_built():
     settings = example.SCALES["paper"]
     assert (settings.model.d_model, settings.model.num_heads) == (64, 4)
     assert (max(settings.lengths), settings.strings) == (40, 200_000)
@@ -92,7 +76,7 @@ def test_the_published_scale_can_be_built(example):
 
 
 @pytest.mark.slow
-def test_runs_and_goes_on_from_its_stages(example, tmp_path, capsys):
+def test_runs_and_goes_on_from_its_stages(tmp_path, capsys):
     arguments = ["--scale", "test", "--out", str(tmp_path)]
     first = example.main(arguments)
     assert set(first["arms"]) == set(example.ARMS)

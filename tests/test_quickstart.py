@@ -1,28 +1,17 @@
 """The quickstart: what it writes, and what it says to bad arguments."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import matplotlib.image
 import pytest
 
+import quickstart
 from jaxpattern.data import text
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
-
 
 @pytest.fixture(scope="module")
-def quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def run(quickstart, tmp_path_factory):
+def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "new" / "folder"
     return quickstart.main(["--quick", "--out", str(out)]), out
 
@@ -65,7 +54,7 @@ def test_the_file_says_what_was_asked_predicted_and_found(run):
     assert written["settings"]["seed"] == 0
 
 
-def test_your_own_folder(quickstart, run, tmp_path, capfd):
+def test_your_own_folder(run, tmp_path, capfd):
     corpus = text.python_corpus(30_000, min_bytes=20_000)
     # As many sources of the same names as before: nothing is compiled again.
     names = sorted(run[0]["weights"])
@@ -96,7 +85,7 @@ def test_your_own_folder(quickstart, run, tmp_path, capfd):
         (["--seed", "-1"], "--seed must be at least 0"),
     ],
 )
-def test_bad_arguments_are_refused_before_any_work(quickstart, tmp_path, capsys, options, message):
+def test_bad_arguments_are_refused_before_any_work(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as error:
         quickstart.main(["--quick", "--out", str(tmp_path), *options])
     assert error.value.code == 2

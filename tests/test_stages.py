@@ -1,20 +1,11 @@
 """What the examples keep between runs."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+import stages
 
 
-@pytest.fixture
-def stages(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("stages")
-
-
-def test_a_stage_of_other_settings_is_made_again(stages, tmp_path, capsys):
+def test_a_stage_of_other_settings_is_made_again(tmp_path, capsys):
     first, other = (stages.Stages(tmp_path, {"setting": value}) for value in (1, 2))
     assert first.stage("name", lambda: {"x": 1}) == {"x": 1}
     assert first.stage("name", lambda: {"x": 2}) == {"x": 1}
@@ -24,7 +15,7 @@ def test_a_stage_of_other_settings_is_made_again(stages, tmp_path, capsys):
     assert "made again" in capsys.readouterr().out
 
 
-def test_an_interrupted_stage_leaves_the_one_before(stages, tmp_path):
+def test_an_interrupted_stage_leaves_the_one_before(tmp_path):
     store = stages.Stages(tmp_path, None)
     store.stage("name", lambda: {"x": 1})
 

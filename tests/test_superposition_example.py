@@ -1,31 +1,16 @@
 """The example that chooses which feature a toy model leaves out, at its smallest."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location(
-        "superposition_example", EXAMPLES / "superposition.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+import superposition as example
 
 
 @pytest.mark.filterwarnings("ignore:the weights are predicted")
 @pytest.mark.filterwarnings("ignore:the adjoint grew")
-def test_runs_and_goes_on_from_its_stages(example, tmp_path, capsys):
+def test_runs_and_goes_on_from_its_stages(tmp_path, capsys):
     arguments = ["--scale", "test", "--out", str(tmp_path)]
     first = example.main(arguments)
     names = [row["name"] for row in first["arms"]]
@@ -49,7 +34,7 @@ def test_runs_and_goes_on_from_its_stages(example, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_a_stage_of_other_settings_is_made_again(example, tmp_path, capsys):
+def test_a_stage_of_other_settings_is_made_again(tmp_path, capsys):
     stages = example.Stages(tmp_path, "first")
     assert stages.stage("a", lambda: {"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
     assert stages.stage("a", lambda: {"x": np.zeros(1)})["x"].tolist() == [0, 1, 2]
