@@ -8,8 +8,8 @@ a check that its chains stay in the basin, and how it answers to the weight of e
 string. Fresh seeds are trained on weights along the difference, normalised per string, of the part
 of the response that re-weighting the loss inside the LLC adds, ⟨ℓ_z⟩ − ℓ_z(w*): "towards NESTED" it
 is followed so that LLC(EQUAL-COUNT) − LLC(NESTED) rises, "towards EQUAL-COUNT" so that it falls.
-The last steps, a quarter, are unweighted in every arm: the weights decide which rule is taken up, and
-then all strings are learned. Beside them stand the same weights on permuted strings, and
+The last steps, a quarter, are unweighted in every arm: the weights decide which rule is taken up,
+and then all strings are learned. Beside them stand the same weights on permuted strings, and
 weightings by hand. `docs/parentheses.md` has every variant that was tried.
 
     python examples/parentheses.py [--scale small|paper] [--out parentheses_results]
@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rho = weights[arm]
         finals[arm] = train_all(
             stages, "arm-" + arm.replace(" ", "-"), settings, 7000, settings.fresh_seeds,
-            train_set, withheld, rho, weighted=WEIGHTED[arm], weights=hashlib.sha256(np.float32(rho).tobytes()).hexdigest(),
+            train_set, withheld, rho, weighted=WEIGHTED[arm],
+            weights=hashlib.sha256(np.float32(rho).tobytes()).hexdigest(),
         )  # fmt: skip
         rows[arm] = row_of(finals[arm], finals["unweighted"])
         print(
