@@ -106,7 +106,7 @@ SCALES = {
         strings=200_000, withheld=10_000, steps=5 * 200_000 // 64, batch=64, rate=1e-3,
     ),
     "test": Settings(
-        lengths=(8, 10), shares=(0.5, 0.5), strings=200, withheld=50, steps=40, base_seeds=4,
+        lengths=(8, 10), shares=(0.5, 0.5), strings=200, withheld=50, steps=200, base_seeds=4,
         solutions=1, fresh_seeds=4, together=4, pathwise_window=10,
         plan=jp.Plan(num_chains=2, num_burnin=5, num_draws=4, thin=2, batch_size=16),
     ),
