@@ -8,9 +8,9 @@ a check that its chains stay in the basin, and how it answers to the weight of e
 string. Fresh seeds are trained on weights along the difference, normalised per string, of the part
 of the response that re-weighting the loss inside the LLC adds, ⟨ℓ_z⟩ − ℓ_z(w*): "towards NESTED" it
 is followed so that LLC(EQUAL-COUNT) − LLC(NESTED) rises, "towards EQUAL-COUNT" so that it falls.
-The last steps, a quarter, are unweighted in every arm: the weights decide which rule is taken up,
-and then all strings are learned. Beside them stand the same weights on permuted strings, and
-weightings by hand. `docs/parentheses.md` has every variant that was tried.
+The last steps, a quarter (half in one arm by hand), are unweighted: the weights decide which rule
+is taken up, and then all strings are learned. Beside them stand the same weights on permuted
+strings, and weightings by hand. `docs/parentheses.md` has every variant that was tried.
 
     python examples/parentheses.py [--scale small|paper] [--out parentheses_results]
 
@@ -60,10 +60,9 @@ ARMS = (
     "by hand EQUAL-COUNT",
     "permuted NESTED",
 )
-
-
 # The share of the steps that is weighted; the others, unweighted, come after.
-WEIGHTED = dict.fromkeys(ARMS, 0.75) | {"by hand EQUAL-COUNT": 0.5}
+WEIGHTED = 0.75
+WEIGHTED_BY_ARM = dict.fromkeys(ARMS, WEIGHTED) | {"by hand EQUAL-COUNT": 0.5}
 
 
 class Settings(NamedTuple):
@@ -173,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rho = weights[arm]
         finals[arm] = train_all(
             stages, "arm-" + arm.replace(" ", "-"), settings, 7000, settings.fresh_seeds,
-            train_set, withheld, rho, weighted=WEIGHTED[arm],
+            train_set, withheld, rho, weighted=WEIGHTED_BY_ARM[arm],
             weights=hashlib.sha256(np.float32(rho).tobytes()).hexdigest(),
         )  # fmt: skip
         rows[arm] = row_of(finals[arm], finals["unweighted"])
@@ -286,7 +285,7 @@ def train(
     weights: np.ndarray | None,
     seeds: Sequence[int],
     weights_too: bool = False,
-    weighted: float = 0.75,
+    weighted: float = WEIGHTED,
 ) -> dict[str, Any]:
     """Accuracies of some seeds; the same seed is the same start and batches."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
@@ -310,7 +309,7 @@ def train(
 
 def train_all(
     stages: Stages, name: str, settings: Settings, first_seed: int, num: int, *args: Any,
-    weights_too: bool = False, weighted: float = 0.75, **depends: Any,
+    weights_too: bool = False, weighted: float = WEIGHTED, **depends: Any,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Seeds from `first_seed` on, some together; each such group is a stage."""
     runs = []
