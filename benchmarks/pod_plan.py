@@ -215,15 +215,21 @@ def report(name: str, chips: int, lowered: Any, silent: bool) -> dict[str, Any]:
         memory.argument_size_in_bytes + memory.output_size_in_bytes
         + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     )  # fmt: skip
-    found = Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text()))
+    found = exchanged(compiled.as_text())
     return row | {
         "fits": used <= HBM,
         "memory_gib": used / 2**30,
-        "collectives": dict(found),
+        "collectives": dict(Counter(found.values())),
         "silent": not silent or not found,
         "flops": compiled.cost_analysis().get("flops"),
         "compile_seconds": time.monotonic() - before,
     }
+
+
+def exchanged(text: str) -> dict[str, str]:
+    """Channel → collective of a compiled program; XLA may write one down in several parts."""
+    lines = re.findall(rf" ({COLLECTIVES})(?:-start)?\(.*?channel_id=(\d+)", text)
+    return {channel: name for name, channel in lines}
 
 
 def programs(config: Any, chips: int, quick: bool) -> list[tuple[str, Any, bool]]:

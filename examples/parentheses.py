@@ -8,9 +8,9 @@ a check that its chains stay in the basin, and how it answers to the weight of e
 string. Fresh seeds are trained on weights along the difference, normalised per string, of the part
 of the response that re-weighting the loss inside the LLC adds, ⟨ℓ_z⟩ − ℓ_z(w*): "towards NESTED" it
 is followed so that LLC(EQUAL-COUNT) − LLC(NESTED) rises, "towards EQUAL-COUNT" so that it falls.
-The last steps, a quarter (half in one arm by hand), are unweighted: the weights decide which rule
-is taken up, and then all strings are learned. Beside them stand the same weights on permuted
-strings, and weightings by hand. `docs/parentheses.md` has every variant that was tried.
+The last steps, a quarter (half in one arm by hand), are unweighted and at a lower rate: the weights
+decide which rule is taken up, and then all strings are learned. Beside them stand the same weights
+on permuted strings, and weightings by hand. `docs/parentheses.md` has every variant that was tried.
 
     python examples/parentheses.py [--scale small|paper] [--out parentheses_results]
 
@@ -79,16 +79,17 @@ class Settings(NamedTuple):
     steps: int = 800
     batch: int = 48
     rate: float = 5e-3
+    final_rate: float = 1.5e-3  # of the unweighted steps that end the training of fresh seeds
     decay: float = 0.3
     base_seeds: int = 24  # from 1000
     solutions: int = 6  # of each kind
-    fresh_seeds: int = 96  # from 7000
+    fresh_seeds: int = 96  # from 9000
     together: int = 8  # seeds in one compiled program
     nbeta: float = 1000.0
     localization: float = 3000.0
     step_size: float = 3e-6
     plan: jp.Plan = jp.Plan(num_chains=2, num_burnin=500, num_draws=20, thin=30, batch_size=64)
-    pathwise_window: int = 300
+    pathwise_window: int = 480
     sample_share: float = 0.15  # effective sample size of the weights, over the number of strings
 
 
@@ -103,6 +104,7 @@ SCALES = {
         lengths=PAPER_LENGTHS,
         shares=tuple(scipy.stats.binom.pmf(np.arange(20), 19, 0.5).tolist()),
         strings=200_000, withheld=10_000, steps=5 * 200_000 // 64, batch=64, rate=1e-3,
+        final_rate=3e-4,
     ),
     "test": Settings(
         lengths=(8, 10), shares=(0.5, 0.5), strings=200, withheld=50, steps=200, base_seeds=4,
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     stages.title("a. solutions of both kinds, on unweighted data")
     base = train_all(
         stages, "base", settings, 1000, settings.base_seeds, train_set, withheld, None,
-        weights_too=True,
+        weights_too=True, final_rate=settings.rate,
     )  # fmt: skip
     print(f"   {count(base)}")
 
@@ -171,8 +173,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for arm in dict.fromkeys(("unweighted", *options.arms)):
         rho = weights[arm]
         finals[arm] = train_all(
-            stages, "arm-" + arm.replace(" ", "-"), settings, 7000, settings.fresh_seeds,
+            stages, "arm-" + arm.replace(" ", "-"), settings, 9000, settings.fresh_seeds,
             train_set, withheld, rho, weighted=WEIGHTED_BY_ARM[arm],
+            final_rate=settings.final_rate,
             weights=hashlib.sha256(np.float32(rho).tobytes()).hexdigest(),
         )  # fmt: skip
         rows[arm] = row_of(finals[arm], finals["unweighted"])
@@ -180,12 +183,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"   {arm:22s} {count(finals[arm])}; sample share {sample_share(rho):.2f}", flush=True
         )
 
-    stages.title("e. the response with φ fixed, by differentiating the chain")
-    pathwise = stages.stage("pathwise", lambda: compare(settings, train_set, base, measured))
-    print(f"   pathwise against covariance, φ fixed: correlations {pathwise['correlation']}")
+    stages.title("e. the response with φ fixed, by differentiating the chain and by covariance")
+    both = stages.stage("both-estimators", lambda: compare(settings, train_set, base, measured))
+    for i, kind in enumerate(KINDS):
+        print(
+            f"   {kind:11s} correlation {both['correlation'][i]:.2f}; difference over its error "
+            f"{both['difference'][i]:.2f}; size over error pathwise {both['pathwise'][i]:.1f}, "
+            f"covariance {both['covariance'][i]:.1f}; the steps "
+            f"furthest back add {both['tail'][i]:.3f} of it"
+        )
 
     result = {
         "base": count(base), "areas": areas, "arms": rows,
+        "estimators": {name: values.tolist() for name, values in both.items()},
         "llc": {kind: [(float(v["llc"]), float(v["llc_stderr"])) for v in measured[kind]]
                 for kind in KINDS},
     }  # fmt: skip
@@ -284,8 +294,9 @@ def train(
     withheld: Any,
     weights: np.ndarray | None,
     seeds: Sequence[int],
-    weights_too: bool = False,
-    weighted: float = WEIGHTED,
+    weights_too: bool,
+    weighted: float,
+    final_rate: float,
 ) -> dict[str, Any]:
     """Accuracies of some seeds; the same seed is the same start and batches."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
@@ -294,11 +305,12 @@ def train(
     )
     first = round(weighted * settings.steps)
     params = start
-    for part, (rho, steps) in enumerate(((weights, first), (None, settings.steps - first))):
+    parts = (weights, first, settings.rate), (None, settings.steps - first, final_rate)
+    for part, (rho, steps, rate) in enumerate(parts):
         params, _ = jp.train(
             jax.vmap(jax.random.fold_in, (0, None))(keys, part),
             classifier.make_loss_fn(settings.model), params, data,
-            optimizer(settings.rate, settings.decay), num_steps=steps,
+            optimizer(rate, settings.decay), num_steps=steps,
             batch_size=settings.batch, weights=rho, progress=False,
         )  # fmt: skip
     values = outcomes(settings.model)(data, withheld, params)
@@ -309,7 +321,7 @@ def train(
 
 def train_all(
     stages: Stages, name: str, settings: Settings, first_seed: int, num: int, *args: Any,
-    weights_too: bool = False, weighted: float = WEIGHTED, **depends: Any,
+    final_rate: float, weights_too: bool = False, weighted: float = WEIGHTED, **depends: Any,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Seeds from `first_seed` on, some together; each such group is a stage."""
     runs = []
@@ -318,8 +330,9 @@ def train_all(
         runs.append(
             stages.stage(
                 f"{name}/{first}",
-                partial(train, settings, *args, list(seeds), weights_too, weighted),
+                partial(train, settings, *args, list(seeds), weights_too, weighted, final_rate),
                 weighted=weighted,
+                final_rate=final_rate,
                 **depends,
             )
         )
@@ -393,26 +406,47 @@ def measure(settings: Settings, data: Any, withheld: Any, params: Any) -> dict[s
 def compare(
     settings: Settings, data: Any, base: Any, measured: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """The response with φ fixed by differentiating the chain, around one solution of each kind."""
-    found: dict[str, Any] = {"correlation": []}
+    """The response with φ fixed, by both estimators, around one solution of each kind.
+
+    `pathwise` and `covariance` are root mean squares of χ over its standard error, 1 for noise;
+    `difference` that of their difference over its own.
+    """
+    rows = []
     for kind in KINDS:
-        values = measured[kind][0]
         posterior = jp.localized_posterior(
             classifier.make_loss_fn(settings.model),
-            params_of(settings, base, values["seed"]),
+            params_of(settings, base, measured[kind][0]["seed"]),
             data,
             nbeta=settings.nbeta,
             localization=settings.localization,
         )  # fmt: skip
-        response = jp.susceptibilities(
-            jax.random.key(8), posterior, jp.sgld(step_size=settings.step_size), settings.plan,
-            probes={"strings": data}, components={"all": jp.by_path("*")}, progress=False,
-            estimator=jp.pathwise(window=settings.pathwise_window, every=settings.plan.thin),
-        )  # fmt: skip
-        found[kind] = settings.nbeta * np.asarray(response.chi["strings"][0])
-        found[f"growth {kind}"] = response.diagnostics["growth"]
-        found["correlation"].append(np.corrcoef(found[kind], values["fixed"])[0, 1])
-    return found
+        estimators = {
+            "pathwise": jp.pathwise(window=settings.pathwise_window, every=settings.plan.thin),
+            "covariance": jp.covariance(),
+        }
+        chi, stderr, row = {}, {}, {}
+        for name, estimator in estimators.items():
+            response = jp.susceptibilities(
+                jax.random.key(8), posterior, jp.sgld(step_size=settings.step_size), settings.plan,
+                probes={"strings": data}, components={"all": jp.by_path("*")}, progress=False,
+                estimator=estimator,
+            )  # fmt: skip
+            chi[name] = np.asarray(response.chi["strings"][0], float)
+            stderr[name] = np.asarray(response.stderr["strings"][0], float)
+            row[name] = root_mean_square(chi[name] / stderr[name])
+            if "tail" in response.diagnostics:
+                row["tail"] = float(response.diagnostics["tail"][0, -1])
+        row["correlation"] = np.corrcoef(*chi.values())[0, 1]
+        row["difference"] = root_mean_square(
+            (chi["pathwise"] - chi["covariance"]) / np.hypot(*stderr.values())
+        )
+        rows.append(row)
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def root_mean_square(x: np.ndarray) -> float:
+    """√⟨x²⟩."""
+    return float(np.sqrt(np.mean(x**2)))
 
 
 def classes_of(category: brackets.Category, strings: np.ndarray) -> dict[str, np.ndarray]:

@@ -65,6 +65,7 @@ DRIVERS = {
     "covariance": partial(program.chi, jp.covariance(), progress=True),
     "adjoint": partial(program.chi, jp.pathwise(window=2, every=1)),
     "tangent": partial(program.chi, jp.pathwise(mode="tangent"), progress=True),
+    "train": program.train,
 }
 
 

@@ -86,7 +86,7 @@ def test_runs_and_goes_on_from_its_stages(tmp_path, capsys):
 
     stamp = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     assert len(stamp) == 1 + 2 + len(example.ARMS) + 1
-    (tmp_path / "arm-unweighted" / "7000.npz").unlink()
+    (tmp_path / "arm-unweighted" / "9000.npz").unlink()
     again = example.main(arguments)
     assert json.dumps(again) == json.dumps(first)
     made = {path for path, t in stamp.items() if path.stat().st_mtime_ns != t}

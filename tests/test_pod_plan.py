@@ -11,7 +11,6 @@ import pytest
 PROGRAM = Path(__file__).parent.parent / "benchmarks" / "pod_plan.py"
 
 
-@pytest.mark.slow
 @pytest.mark.libtpu
 def test_small_programs_compile_for_four_chips(tmp_path):
     """In a process of its own: libtpu writes to stderr as it likes."""

@@ -67,7 +67,7 @@ def same(got, wanted):
 
 @pytest.mark.parametrize(
     "driver",
-    ["sample", *(pytest.param(d, marks=pytest.mark.slow) for d in ("covariance", "adjoint"))],
+    [pytest.param(d, marks=() if d == "sample" else pytest.mark.slow) for d in program.DRIVERS],
 )
 def test_two_processes_give_the_bits_of_one(driver, tmp_path):
     """2 processes × 2 devices, found through the environment, against 4 devices of one."""

@@ -470,9 +470,8 @@ def run_adjoint(
                 posterior, sampler, problem, limit, chains, lanes,
                 put(jnp.asarray(index, jnp.int32), mesh), plan, layout, mesh,
             )  # fmt: skip
-            if show or stage.saves:
-                jax.block_until_ready(chains)
-                bar.update()
+            jax.block_until_ready(chains)  # else segments in flight hold a buffer each
+            bar.update()
             stage.save(index + 1, chains)
     chains = chains._replace(state=(), buffer=())
     return fetch(unpack(chains, len(group.ids), plan.num_chains), mesh)
