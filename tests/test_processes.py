@@ -24,14 +24,29 @@ def free_address():
         return f"localhost:{probe.getsockname()[1]}"
 
 
-def launch(folder, driver, *rest, number=2, devices=2, indices=None, environment=None):
+def explicit_environment(address, number, index):
+    return {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number),
+            "JAX_PROCESS_ID": str(index)}  # fmt: skip
+
+
+def slurm_environment(address, number, index):
+    """What srun sets in a task; JAX makes the port of the job's number."""
+    del address
+    return {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(number), "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index)}  # fmt: skip
+
+
+def launch(
+    folder, driver, *rest, number=2, devices=2, indices=None, environment=None,
+    cluster=explicit_environment,
+):  # fmt: skip
     """Start the processes of a run."""
     address = free_address()
     folder.mkdir(exist_ok=True)
     started = []
     for index in indices if indices is not None else range(number):
-        variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number),
-                     "JAX_PROCESS_ID": str(index)} if environment else {}  # fmt: skip
+        variables = cluster(address, number, index) if environment else {}
         command = [sys.executable, PROGRAM, "" if environment else address, str(number),
                    str(index), str(devices), driver, folder, *rest]  # fmt: skip
         started.append(
@@ -74,6 +89,16 @@ def test_two_processes_give_the_bits_of_one(driver, tmp_path):
     codes, said = finish(launch(tmp_path, driver, environment={"WAIT": "60"}))
     assert codes == [0, 0], said
     wanted = program.DRIVERS[driver](mesh=jp.mesh(devices=jax.devices()[:4]))
+    for index in range(2):
+        same(leaves(tmp_path, index), wanted)
+
+
+@pytest.mark.slow
+def test_slurm_is_found(tmp_path):
+    processes = launch(tmp_path, "sample", environment={"WAIT": "60"}, cluster=slurm_environment)
+    codes, said = finish(processes)
+    assert codes == [0, 0], said
+    wanted = program.sample(mesh=jp.mesh(devices=jax.devices()[:4]))
     for index in range(2):
         same(leaves(tmp_path, index), wanted)
 

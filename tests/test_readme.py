@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import jaxpattern as jp
+import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +44,10 @@ def test_what_the_readme_points_to_exists():
     assert "docs/quickstart.png" in local
     for target in local:
         assert (ROOT / target).exists(), target
+
+
+def test_benchmarks_are_those_measured():
+    assert table.main(["--check"]) == 0
 
 
 def test_every_module_in_the_table_exists():

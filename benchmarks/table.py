@@ -1,0 +1,157 @@
+"""The README's table of benchmarks, from rows that were measured.
+
+    python benchmarks/table.py [--rows benchmarks/measured] [--check]
+
+Each benchmark writes `NAME.jsonl` under its `--out`; those in `benchmarks/measured` are the ones
+that the README tells of, between its two `benchmarks` marks. With --check nothing is written, and
+the exit status is 1 where the README says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks -->\n", "<!-- /benchmarks -->\n"
+Rows = list[dict[str, Any]]
+
+
+def one(rows: Rows, **wanted: Any) -> dict[str, Any]:
+    """The row with these values."""
+    (found,) = (row for row in rows if wanted.items() <= row.items())
+    return found
+
+
+def number(x: float, places: int = 2) -> str:
+    """So many digits that count, without an exponent for ordinary sizes."""
+    return f"{float(f'{x:.{places}g}'):,.6g}"
+
+
+def susceptibilities(rows: Rows) -> str:
+    gain = {label: one(rows, part="gain", over=label)
+            for label in ("devinterp", "devinterp, centred", "covariance")}  # fmt: skip
+    side, hybrid = one(rows, part="side", side="pathwise"), one(rows, part="hybrid")
+    theirs = one(rows, part="side", side="devinterp")
+    least = {label: number(min(row["noise"], row["mse"])) for label, row in gain.items()}
+    return (
+        f"{side['heads']} heads, {side['draws']} draws: {least['devinterp, centred']} × "
+        f"less CPU time to the same error with pathwise than by the centred covariance of "
+        f"devinterp's draws, {least['devinterp']} × than devinterp as published, "
+        f"{least['covariance']} × than our covariance; "
+        f"devinterp wrote {theirs['written'] / 2**20:.0f} MiB, we nothing; its formula equals ours "
+        f"on its own draws to {hybrid['ours']:.0e}"
+    )
+
+
+def torch_loop(rows: Rows) -> str:
+    gains = {row["side"]: row["gain"] for row in rows}
+    plain, of_samples = gains["torch, autograd"], gains["torch, gradients of samples"]
+    return (
+        f"{number(plain)} × less CPU time to the same error with pathwise, {number(of_samples)} × "
+        f"where the loop takes gradients of samples"
+    )
+
+
+def llc(rows: Rows) -> str:
+    parts = []
+    for part in dict.fromkeys(row["part"] for row in rows):
+        gain = one(rows, part=part, claimed=20.0)
+        sides = {row["side"]: row for row in rows if row["part"] == part and "side" in row}
+        text = (
+            f"{part}: {number(gain['cpu'])} × less CPU time to the same spread over "
+            f"{sides['jaxpattern']['seeds']} seeds, {number(gain['gradients'])} × in gradients"
+        )
+        if sides["jaxpattern"]["coverage"] is not None:
+            text += (
+                f"; 95 % intervals hold the exact LLC in {sides['jaxpattern']['coverage']:.0%} of "
+                f"runs, devinterp's in {sides['devinterp']['coverage']:.0%}"
+            )
+        parts.append(text)
+    return "; ".join(parts)
+
+
+def floor(rows: Rows) -> str:
+    return ", ".join(
+        f"{row['part']} {row['ratio']:.2f}"
+        + (f" (claimed {row['claimed']:g})" if row["claimed"] else "")
+        for row in rows
+    )
+
+
+def growth(rows: Rows) -> str:
+    axes = [row for row in rows if row.get("estimator") == "pathwise" and "axis" in row]
+    heads = one(rows, part="heads")
+    exponents = ", ".join(f"{row['time_exponent']:.2f} in {row['axis']}" for row in axes)
+    draws = next(row for row in axes if row["axis"] == "draws")
+    (few, _, before), (many, _, after) = draws["points"][0], draws["points"][-1]
+    return (
+        f"time grows with exponents of {exponents}; memory from {before / 2**20:.1f} to "
+        f"{after / 2**20:.1f} MiB from {few} to {many} draws; eight heads as one program "
+        f"{heads['together']:.2f} CPU s, one after the other {heads['in_series']:.2f}"
+    )
+
+
+def reweighting(rows: Rows) -> str:
+    falls = ", ".join(
+        f"{row['method']} {row['gained']:.3f} ± {row['gained_stderr']:.3f} "
+        f"(paid {row['paid']:.3f})" for row in rows
+    )  # fmt: skip
+    return f"fall of the wished loss in nats over {rows[0]['seeds']} seeds: {falls}"
+
+
+def gpu(rows: Rows) -> str:
+    full = max(row["flops"] / row["peak"] for row in rows if row.get("part") == "utilisation")
+    times = ", ".join(f"{row['seconds']:.0f} s in {row['dtype']}" for row in rows
+                      if row.get("part") == "response")  # fmt: skip
+    return f"up to {full:.0%} of the peak; 16 heads × 100,000 tokens: {times}"
+
+
+COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "devinterp_susceptibilities": (
+        "χ of heads with devinterp 2.0.1, on ported weights", susceptibilities,
+    ),
+    "torch_loop": ("χ of a head with a hand-written torch loop", torch_loop),
+    "devinterp_llc": ("spread and coverage of the LLC with devinterp's", llc),
+    "floor": ("CPU time of each part with the bare computation, a ratio", floor),
+    "reweighting": (
+        "mixtures from the response with DoReMi, DoGE, influence functions", reweighting,
+    ),
+    "growth": ("time and memory against the size of a problem", growth),
+    "gpu": ("FLOPs utilisation, bfloat16 and a response of paper size", gpu),
+}  # fmt: skip
+
+
+def table(folder: Path) -> str:
+    """The table as Markdown."""
+    lines = ["| command | what is compared | found |", "|---|---|---|"]
+    for name, (what, describe) in COMPARED.items():
+        path, found = folder / f"{name}.jsonl", "not run yet"
+        if path.exists():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            found = describe(rows) + (" (`--quick`)" if rows[0]["quick"] else "")
+        lines.append(f"| `{name}.py` | {what} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "measured")
+    parser.add_argument("--check", action="store_true", help="compare, do not write")
+    options = parser.parse_args(arguments)
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    old, after = rest.split(END)
+    new = "\n" + table(options.rows) + "\n"
+    if options.check:
+        return int(old != new)
+    README.write_text(before + BEGIN + new + END + after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
