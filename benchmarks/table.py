@@ -1,10 +1,10 @@
-"""The README's table of benchmarks, from rows that were measured.
+"""The README's tables of benchmarks, from rows that were measured.
 
     python benchmarks/table.py [--rows benchmarks/measured] [--check]
 
 Each benchmark writes `NAME.jsonl` under its `--out`; those in `benchmarks/measured` are the ones
-that the README tells of, between its two `benchmarks` marks. With --check nothing is written, and
-the exit status is 1 where the README says something else.
+that the README tells of, between marks `<!-- NAME -->`. With --check nothing is written, and the
+exit status is 1 where the README says something else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- benchmarks -->\n", "<!-- /benchmarks -->\n"
 Rows = list[dict[str, Any]]
 
 
@@ -34,15 +33,14 @@ def number(x: float, places: int = 2) -> str:
 
 def susceptibilities(rows: Rows) -> str:
     gain = {label: one(rows, part="gain", over=label)
-            for label in ("devinterp", "devinterp, centred", "covariance")}  # fmt: skip
+            for label in ("devinterp, centred", "covariance")}  # fmt: skip
     side, hybrid = one(rows, part="side", side="pathwise"), one(rows, part="hybrid")
     theirs = one(rows, part="side", side="devinterp")
     least = {label: number(min(row["noise"], row["mse"])) for label, row in gain.items()}
     return (
-        f"{side['heads']} heads, {side['draws']} draws: {least['devinterp, centred']} × "
+        f"heads: {side['heads']}, draws: {side['draws']}; {least['devinterp, centred']} × "
         f"less CPU time to the same error with pathwise than by the centred covariance of "
-        f"devinterp's draws, {least['devinterp']} × than devinterp as published, "
-        f"{least['covariance']} × than our covariance; "
+        f"devinterp's draws, {least['covariance']} × than our covariance; "
         f"devinterp wrote {theirs['written'] / 2**20:.0f} MiB, we nothing; its formula equals ours "
         f"on its own draws to {hybrid['ours']:.0e}"
     )
@@ -126,16 +124,36 @@ COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
 }  # fmt: skip
 
 
-def table(folder: Path) -> str:
-    """The table as Markdown."""
+def read(path: Path) -> Rows:
+    """The rows of a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pathwise(folder: Path) -> list[str]:
+    """The gains of pathwise over covariance, for which something is claimed."""
+    rows = read(folder / "pathwise-2-layers.jsonl")
+    return [
+        "| posterior | in gradients | in seconds |",
+        "|---|---|---|",
+        *(
+            f"| {row['setting']} | {number(row['gain_cost'], 3)} × | "
+            f"{number(row['gain_seconds'], 3)} × |"
+            for row in rows
+            if row["claimed"]
+        ),
+    ]
+
+
+def benchmarks(folder: Path) -> list[str]:
+    """A line a benchmark."""
     lines = ["| command | what is compared | found |", "|---|---|---|"]
     for name, (what, describe) in COMPARED.items():
         path, found = folder / f"{name}.jsonl", "not run yet"
         if path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = read(path)
             found = describe(rows) + (" (`--quick`)" if rows[0]["quick"] else "")
         lines.append(f"| `{name}.py` | {what} | {found} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,13 +161,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "measured")
     parser.add_argument("--check", action="store_true", help="compare, do not write")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    old, after = rest.split(END)
-    new = "\n" + table(options.rows) + "\n"
+    old = new = README.read_text(encoding="utf-8")
+    for name, make in (("pathwise", pathwise), ("benchmarks", benchmarks)):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+        before, rest = new.split(begin)
+        _, after = rest.split(end)
+        lines = "\n".join(make(options.rows))
+        new = f"{before}{begin}\n{lines}\n\n{end}{after}"
     if options.check:
         return int(old != new)
-    README.write_text(before + BEGIN + new + END + after, encoding="utf-8")
+    README.write_text(new, encoding="utf-8")
     return 0
 
 

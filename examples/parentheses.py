@@ -53,12 +53,12 @@ LEARNED = 0.99  # the least training accuracy of a seed that counts
 KINDS = ("NESTED", "EQUAL-COUNT")
 ARMS = (
     "unweighted",
-    "towards EQUAL-COUNT",
     "towards NESTED",
-    "permuted EQUAL-COUNT",
-    "by hand NESTED",
-    "by hand EQUAL-COUNT",
     "permuted NESTED",
+    "by hand NESTED",
+    "towards EQUAL-COUNT",
+    "permuted EQUAL-COUNT",
+    "by hand EQUAL-COUNT",
 )
 # The share of the steps that is weighted; the others, unweighted, come after.
 WEIGHTED = 0.75
