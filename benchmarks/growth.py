@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--axes", nargs="+", default=list(START), choices=list(START))
     options = parser.parse_args(argv)
     report = measure.Report("growth", options)
-    factors = (1, 4) if options.quick else (1, 2, 4, 8)
+    factors = (1, 4) if options.quick else (1, 2, 4)
     curves: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for label in ["pathwise"] if options.quick else ESTIMATORS:
         for axis in options.axes:

@@ -387,7 +387,8 @@ def measure(settings: Settings, data: Any, withheld: Any, params: Any) -> dict[s
         settings.nbeta * jnp.mean(trace["excess"], axis=-1), num_batches=settings.plan.batches
     )
     start = outcome(settings.model, data, withheld, params)
-    # A chain has left its basin where a draw forgot strings, or changed sides on withheld ones.
+    # A chain has left its basin where a draw forgot strings, or changed sides on withheld ones; a
+    # negative LLC says that w* is no minimum.
     kept = np.asarray(trace["accuracy"]).min() > float(start["accuracy"]) - 0.01
     side = np.abs(np.asarray(trace["out"]) - float(start["out"])).max() < 0.5
     # −nβ Cov(L, ℓ_z − L), from the same draws.
@@ -397,7 +398,8 @@ def measure(settings: Settings, data: Any, withheld: Any, params: Any) -> dict[s
     fixed = -settings.nbeta * np.mean((level - level.mean())[:, None] * deviation, axis=0)
     added = draws.mean(axis=0)
     return {
-        "llc": value.mean, "llc_stderr": value.stderr, "stayed": kept and side,
+        "llc": value.mean, "llc_stderr": value.stderr,
+        "stayed": kept and side and bool(value.mean > -2 * value.stderr),
         "accuracy": trace["accuracy"], "out": trace["out"], "excess": added,
         "fixed": fixed, "re-weighted": fixed + added - added.mean(),
     }  # fmt: skip

@@ -242,7 +242,7 @@ class _Sweeper(NamedTuple):
         part = self.curvature_part(minibatch, batch_key)
         floats = floats_of(state)
         gradient = posterior.loss_gradient(position_of(state), minibatch)
-        _, hessian = jax.linearize(lambda w: posterior.loss_gradient(w, part), position_of(state))
+        hessian = _differential(lambda w: posterior.loss_gradient(w, part), position_of(state))
         given = self.sampler(GivenGradient(posterior))
 
         def move(leaves: list[Array], gradient: Position) -> list[Array]:
@@ -255,7 +255,7 @@ class _Sweeper(NamedTuple):
 
         def one(adjoint: list[Array]) -> tuple[list[Array], Position]:
             direct, push = pull(adjoint)
-            (through,) = pull_position(hessian(push))
+            (through,) = pull_position(hessian(push)[1])
             return jax.tree.map(jnp.add, direct, through), push
 
         return jax.vmap(one)(adjoint)
@@ -274,8 +274,8 @@ class _Sweeper(NamedTuple):
 
     def columns(
         self, position: Position, index: Array
-    ) -> tuple[dict[str, Array], Callable[[Position], dict[str, Array]]]:
-        """D_z − D_z(w*) of every probe, and its differential."""
+    ) -> Callable[[Position], tuple[dict[str, Array], dict[str, Array]]]:
+        """D_z − D_z(w*) of every probe and its derivative, as a function of the direction."""
 
         def deviations(position: Position) -> dict[str, Array]:
             size = self.layout.reference_batch
@@ -286,7 +286,7 @@ class _Sweeper(NamedTuple):
             excess = self.posterior.loss(position, self.posterior.minibatch(key, size))
             return self.problem.columns(self.posterior, position, excess)[1]
 
-        return jax.linearize(deviations, position)
+        return _differential(deviations, position)
 
     def block(self, sweep: _Sweep, x: Any) -> tuple[_Sweep, tuple[Array, Array]]:
         """`every` steps back, with the draw behind them if there is one, and the probes once."""
@@ -327,9 +327,10 @@ class _Sweeper(NamedTuple):
         whole = sweep.whole & ~(growth > self.growth_limit)
         adjoint, push = jax.tree.map(lambda leaf: _rowwise(whole, leaf, 0.0), (adjoint, push))
 
-        level, differential = self.columns(position, index)
+        differential = jax.vmap(self.columns(position, index), out_axes=(None, 0))
+        level, added = differential(push)
         scale = layout.every / self.posterior.nbeta
-        added = jax.tree.map(lambda x: scale * x, jax.vmap(differential)(push))
+        added = jax.tree.map(lambda x: scale * x, added)
         size = _size(added)
         if layout.direct:
             share = layout.draws / layout.blocks / self.posterior.nbeta
@@ -386,6 +387,14 @@ class _Sweeper(NamedTuple):
         tail = sizes[: layout.tail_blocks][::-1].T / jnp.maximum(_size(end.total)[:, None], 1e-30)
         remainder = _norm(end.adjoint, last) / jnp.maximum(end.at_draw, 1e-30)
         return remainder, values[drawn], end, tail
+
+
+def _differential(function: Callable[[Position], Any], at: Position) -> Callable[[Position], Any]:
+    """`direction -> (value, derivative along it)`, which keeps nothing of a pass for the next.
+
+    What `jax.linearize` keeps would grow with the samples, however small a chunk of them is.
+    """
+    return lambda direction: jax.jvp(function, (at,), (direction,))
 
 
 def _norm(adjoint: list[Array], state: PyTree[Array]) -> Array:
