@@ -144,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
             stayed = bool(values["stayed"])
             value = f"{values['llc']:.2f} ± {values['llc_stderr']:.2f}" if stayed else "withheld"
+            if values["llc"] < -2 * values["llc_stderr"]:
+                value += ", negative: these weights are no minimum"
             print(
                 f"   {kind:11s} seed {1000 + seed}: LLC {value}; along the chains accuracy ≥ "
                 f"{values['accuracy'].min():.4f}, out of distribution "
@@ -387,8 +389,7 @@ def measure(settings: Settings, data: Any, withheld: Any, params: Any) -> dict[s
         settings.nbeta * jnp.mean(trace["excess"], axis=-1), num_batches=settings.plan.batches
     )
     start = outcome(settings.model, data, withheld, params)
-    # A chain has left its basin where a draw forgot strings, or changed sides on withheld ones; a
-    # negative LLC says that w* is no minimum.
+    # A chain has left its basin where a draw forgot strings, or changed sides on withheld ones.
     kept = np.asarray(trace["accuracy"]).min() > float(start["accuracy"]) - 0.01
     side = np.abs(np.asarray(trace["out"]) - float(start["out"])).max() < 0.5
     # −nβ Cov(L, ℓ_z − L), from the same draws.
@@ -398,8 +399,7 @@ def measure(settings: Settings, data: Any, withheld: Any, params: Any) -> dict[s
     fixed = -settings.nbeta * np.mean((level - level.mean())[:, None] * deviation, axis=0)
     added = draws.mean(axis=0)
     return {
-        "llc": value.mean, "llc_stderr": value.stderr,
-        "stayed": kept and side and bool(value.mean > -2 * value.stderr),
+        "llc": value.mean, "llc_stderr": value.stderr, "stayed": kept and side,
         "accuracy": trace["accuracy"], "out": trace["out"], "excess": added,
         "fixed": fixed, "re-weighted": fixed + added - added.mean(),
     }  # fmt: skip
