@@ -75,6 +75,7 @@ def measured(estimator: Any, size: dict[str, int]) -> Point:
         ).chi  # fmt: skip
 
     seconds = measure.in_turn({"run": run}, 3)["run"].seconds
+    measure.return_freed_memory()
     memory, _ = measure.peak_memory(lambda: jax.block_until_ready(run()))
     return Point(sum(leaf.size for leaf in jax.tree.leaves(params)), seconds, memory)
 
