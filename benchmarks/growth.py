@@ -17,6 +17,7 @@ writes one JSON line a point and a figure, and exits with 1 when a claim fails.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,9 +45,13 @@ class Point(NamedTuple):
 
 
 def point(estimator: str, size: dict[str, int]) -> Point:
-    """`measured` in a process of its own, where no earlier run left memory behind."""
+    """`measured` in a process of its own, where no earlier run left memory behind.
+
+    With one arena: of others glibc keeps what was freed last, and its next use would not be seen.
+    """
     command = [sys.executable, __file__, "--point", estimator, json.dumps(size)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    env = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return Point(*json.loads(run.stdout))
 
 
@@ -75,7 +80,6 @@ def measured(estimator: Any, size: dict[str, int]) -> Point:
         ).chi  # fmt: skip
 
     seconds = measure.in_turn({"run": run}, 3)["run"].seconds
-    measure.return_freed_memory()
     memory, _ = measure.peak_memory(lambda: jax.block_until_ready(run()))
     return Point(sum(leaf.size for leaf in jax.tree.leaves(params)), seconds, memory)
 

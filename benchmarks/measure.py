@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import json
 import os
@@ -72,16 +71,6 @@ def peak_memory(function: Callable[[], Any]) -> tuple[int, Any]:
         return 0, function()
     result = function()
     return resident("VmHWM") - before, result
-
-
-def return_freed_memory() -> None:
-    """From here on every large block is the system's again when it is freed (glibc).
-
-    Kept by the allocator it would be used again, unseen by `peak_memory`; it costs time.
-    """
-    mmap_threshold = -3
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**16)
 
 
 class Report:
