@@ -82,15 +82,23 @@ def floor(rows: Rows) -> str:
 
 
 def growth(rows: Rows) -> str:
-    axes = [row for row in rows if row.get("estimator") == "pathwise" and "axis" in row]
-    heads = one(rows, part="heads")
-    exponents = ", ".join(f"{row['time_exponent']:.2f} in {row['axis']}" for row in axes)
-    draws = next(row for row in axes if row["axis"] == "draws")
+    axes = [row for row in rows if "axis" in row]
+    exponents = "; ".join(
+        f"{label}: " + ", ".join(
+            f"{row['time_exponent']:.2f} in {row['axis']}" for row in axes
+            if row["estimator"] == label
+        ) for label in dict.fromkeys(row["estimator"] for row in axes)
+    )  # fmt: skip
+    draws = one(axes, estimator="pathwise", axis="draws")
     (few, _, before), (many, _, after) = draws["points"][0], draws["points"][-1]
+    heads = one(rows, part="heads")
+    (_, together, much), (_, blocks, little) = heads["together"], heads["blocks"]
     return (
-        f"time grows with exponents of {exponents}; memory from {before / 2**20:.1f} to "
-        f"{after / 2**20:.1f} MiB from {few} to {many} draws; eight heads as one program "
-        f"{heads['together']:.2f} CPU s, one after the other {heads['in_series']:.2f}"
+        f"exponents of time (claimed 1.1 in chains, components, draws, probes): {exponents}; "
+        f"memory {before / 2**20:.0f} and {after / 2**20:.0f} MiB at {few} and {many} draws; eight "
+        f"heads {together:.1f} CPU s and {much / 2**20:.0f} MiB as one program, {blocks:.1f} and "
+        f"{little / 2**20:.0f} with `chains_at_once=2`, which the cache holds, "
+        f"{8 * heads['in_series'][1]:.1f} s one after the other"
     )
 
 
@@ -113,6 +121,7 @@ COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "devinterp_susceptibilities": (
         "χ of heads with devinterp 2.0.1, on ported weights", susceptibilities,
     ),
+    "devinterp_susceptibilities_large": ("the same, four layers of width 128", susceptibilities),
     "torch_loop": ("χ of a head with a hand-written torch loop", torch_loop),
     "devinterp_llc": ("spread and coverage of the LLC with devinterp's", llc),
     "floor": ("CPU time of each part with the bare computation, a ratio", floor),
@@ -152,7 +161,8 @@ def benchmarks(folder: Path) -> list[str]:
         if path.exists():
             rows = read(path)
             found = describe(rows) + (" (`--quick`)" if rows[0]["quick"] else "")
-        lines.append(f"| `{name}.py` | {what} | {found} |")
+        command = name.removesuffix("_large") + ".py" + " --large" * name.endswith("_large")
+        lines.append(f"| `{command}` | {what} | {found} |")
     return lines
 
 

@@ -55,8 +55,9 @@ from weighting import area, sample_share
 
 FORMED = 0.3  # the prefix-matching score of the best head from which the circuit counts as formed
 RELIABLE = 0.5  # the agreement of two halves from which a direction is taken for more than noise
-DOSE = 0.8  # α of the weights exp(α s); the arms called half have half of it
-FIRST_SEED = 300  # of the retraining; the base model has seed 0
+SHARE = 0.6  # the effective sample size of weights; arms called half go half the way to them
+STRATA = 40  # of the first score, in each of which the weights of the second have mean 1
+FIRST_SEED = 400  # of the retraining; the base model has seed 0
 
 
 class Settings(NamedTuple):
@@ -135,9 +136,10 @@ SCALES = {
 
 FEW = ("unweighted", "up", "down", "permuted up", "permuted down")
 CONTROLS = ("no landscape", "local noise")
+SECOND = ("second up", "second down", "permuted second up", "permuted second down")
 ARMS = (
-    *FEW, "half up", "half down", "first round", "repeated bigram", "bigram loss - loss", "gzip",
-    "gradient", *CONTROLS, "second up", "second down",
+    *FEW, "half up", "half down", "first round", "with context-free", "repeated bigram",
+    "bigram loss - loss", "gzip", "gradient", *CONTROLS, *SECOND,
 )  # fmt: skip
 
 
@@ -170,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     store.title("f. report")
     result = summarise(lab, arms, curves)
+    result["second"] = clearest(lab, scores["second"])[1]
     result["settings"] = {"scale": args.scale, **settings._asdict(), "seeds": args.seeds}
     print_report(result)
     (args.out / "report.json").write_text(json.dumps(result, indent=2, default=vars) + "\n")
@@ -499,6 +502,7 @@ def score_tokens(
     s = −χ of the excess loss of a group of heads, all of which move together, since heads that do
     the same thing stand in for one another. It is high if the token's loss rises when these heads
     are disturbed: more weight on such tokens lowers that excess loss, and protects what they do.
+    Of s the part is taken that is not one of the bigram alone: heads are there for the context.
 
     The score is then measured a second time, around a model trained on the weights of the first:
     what these weights strengthen stands out more there.
@@ -537,18 +541,19 @@ def score_tokens(
         print("      " + areas_of(lab, score))
         return standardised(score)
 
+    tokens = np.asarray(lab.train)
     pair = [measured("+".join(group), group) for group in groups]
+    contextual = [in_context(score, tokens) for score in pair]
+    for group, score in zip(groups, contextual, strict=True):
+        print(f"   In context, {', '.join(group)}: {areas_of(lab, score)}")
     # Of the two structures the one that is more clearly about some class of tokens is steered.
-    clear = [
-        max((abs(area(score, member) - 0.5), name) for name, member in lab.classes.items())
-        for score in pair
-    ]
+    clear = [clearest(lab, score) for score in contextual]
     main = int(clear[1] > clear[0])
     print(
-        f"   Steered is what {', '.join(groups[main])} together are needed for: of all classes it "
-        f"tells {clear[main][1]!r} best, the other one {clear[1 - main][1]!r}."
+        f"   Steered is what {', '.join(groups[main])} together are needed for in context: of all "
+        f"classes it tells {clear[main][1]!r} best, the other one {clear[1 - main][1]!r}."
     )
-    first = tilted(pair[main], DOSE)
+    first = at_share(contextual[main], SHARE)
     again = store.stage(
         "again", lambda: train_again(lab, first),
         weights=digest(first), **chosen_settings(settings, (*BASE, "again_steps")),
@@ -556,22 +561,28 @@ def score_tokens(
     print(
         f"   The base model trained on these weights forms the circuit at step {again['formed']:g}"
     )
-    score = measured(
+    measured_again = measured(
         "second_round", groups[main], lambda: look_at(lab, lab.unpack(again["params"])),
         count=settings.again_windows, around=digest(again["params"]),
     )  # fmt: skip
-    # The second without what it shares with the first, which is to be left alone.
-    other = pair[1 - main] - np.mean(score * pair[1 - main]) * score
-    scores = {"up": score, "first round": pair[main], "second": standardised(other)}
-    print("      the other without the first: " + areas_of(lab, scores["second"]))
+    scores = {
+        "up": in_context(measured_again, tokens),
+        "first round": contextual[main],
+        "with context-free": measured_again,
+        # What bigrams alone need the other group for.
+        "second": standardised(pair[1 - main] - in_context(pair[1 - main], tokens, scale=False)),
+    }
+    print("      in context: " + areas_of(lab, scores["up"]))
+    print("      the other group, bigrams alone: " + areas_of(lab, scores["second"]))
     if "no landscape" in arms:
-        scores["no landscape"] = measured("no_landscape", groups[main], nbeta=1e-3)
+        found = measured("no_landscape", groups[main], nbeta=1e-3)
+        scores["no landscape"] = in_context(found, tokens)
     if "local noise" in arms:
-        scores["local noise"] = measured(
+        found = measured(
             "local_noise", groups[main],
             localization=50 * settings.localization, step_size=settings.step_size / 50,
         )  # fmt: skip
-    tokens = np.asarray(lab.train)
+        scores["local noise"] = in_context(found, tokens)
     scores["repeated bigram"] = lab.classes["repeated bigram"].astype(np.float32)
     scores["bigram loss - loss"] = -lab.bigram[tokens[:, :-1], tokens[:, 1:]] - np.asarray(
         all_losses(lab, params)
@@ -584,7 +595,7 @@ def score_tokens(
             "gradient", lambda: {"s": gradient_similarity(lab, params, component)},
             group=list(groups[main]), **chosen_settings(settings, MEASURE),
         )  # fmt: skip
-        scores["gradient"] = kept["s"]
+        scores["gradient"] = in_context(kept["s"], tokens)
     for name, other in scores.items():
         if name != "up":
             value = np.corrcoef(scores["up"].ravel(), other.ravel())[0, 1]
@@ -664,6 +675,21 @@ def standardised(score: np.ndarray) -> np.ndarray:
     return (score - score.mean()) / score.std()
 
 
+def in_context(score: np.ndarray, tokens: np.ndarray, scale: bool = True) -> np.ndarray:
+    """The score without its mean over all tokens with the same bigram, which is drawn to 0."""
+    score = score - score.mean()
+    bigram = tokens[:, :-1].astype(np.int64) * (tokens.max() + 1) + tokens[:, 1:]
+    _, which, count = np.unique(bigram, return_inverse=True, return_counts=True)
+    mean = np.bincount(which.ravel(), score.ravel()) / (count + 3)
+    rest = score - mean[which].reshape(score.shape)
+    return standardised(rest) if scale else rest
+
+
+def clearest(lab: Lab, score: np.ndarray) -> tuple[float, str]:
+    """How far the best told class of tokens is from no relation, and its name."""
+    return max((abs(area(score, member) - 0.5), name) for name, member in lab.classes.items())
+
+
 def normalised(weights: np.ndarray) -> np.ndarray:
     """Weights of mean 1, none negative."""
     weights = np.maximum(weights, 0.0)
@@ -671,7 +697,10 @@ def normalised(weights: np.ndarray) -> np.ndarray:
 
 
 def at_share(score: np.ndarray, share: float) -> np.ndarray:
-    """Weights 1 + α s, clipped, with α such that their effective sample size is this share."""
+    """Weights 1 + α s, none negative, with α such that their effective sample size is this share.
+
+    Of all weights of this sample size they have the largest mean score.
+    """
     score = (score - score.min()) if set(np.unique(score)) <= {0, 1} else score - score.mean()
     score = score / score.std()
     low, high = 0.0, 100.0
@@ -682,49 +711,35 @@ def at_share(score: np.ndarray, share: float) -> np.ndarray:
     return normalised(1 + low * score)
 
 
-def tilted(score: np.ndarray, dose: float) -> np.ndarray:
-    """ρ ∝ exp(α s): the weights closest to 1, in relative entropy, of their mean score."""
-    return normalised(np.exp(dose * np.clip(score, -4.0, 4.0)))
+def halfway(weights: np.ndarray) -> np.ndarray:
+    """Half the way from no weights to these."""
+    return (1 + weights) / 2
 
 
-def tilted_beside(score: np.ndarray, held: np.ndarray, dose: float) -> np.ndarray:
-    """ρ ∝ exp(α s + ν h) with ν such that the weights leave the mean of h where it is."""
-    low, high = -3.0, 3.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        weights = tilted(dose * score + middle * held, 1.0)
-        low, high = (middle, high) if np.mean(weights * held) < held.mean() else (low, middle)
-    return weights
+def beside(weights: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """The weights with mean 1 at every level of a score that is to be left alone."""
+    edges = np.quantile(held, np.linspace(0, 1, STRATA + 1)[1:-1])
+    stratum = np.searchsorted(edges, held).ravel()
+    mean = np.bincount(stratum, weights.ravel()) / np.maximum(1, np.bincount(stratum))
+    return normalised(weights / mean[stratum].reshape(weights.shape))
 
 
 def build_arms(scores: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray | None]:
-    """Weights of every arm. The baselines have the effective sample size of "up"."""
-    rng = np.random.default_rng(4)
-    s = scores["up"]
-    up, down = tilted(s, DOSE), tilted(s, -DOSE)
-    share = sample_share(up)
-    shuffled = {
-        "permuted up": rng.permutation(up.ravel()).reshape(up.shape),
-        "permuted down": rng.permutation(down.ravel()).reshape(down.shape),
-    }
+    """Weights of every arm; all but the second and what goes half the way have one sample size."""
 
-    def weights(name: str) -> np.ndarray | None:
-        if name == "unweighted":
-            return None
-        if name in shuffled:
-            return shuffled[name]
+    def weights(name: str) -> np.ndarray:
+        if name.startswith("permuted "):
+            plain = weights(name.removeprefix("permuted "))
+            rng = np.random.default_rng(ARMS.index(name))
+            return rng.permutation(plain.ravel()).reshape(plain.shape)
+        if name.startswith("half "):
+            return halfway(weights(name.removeprefix("half ")))
         sign = -1 if name.endswith("down") else 1
-        if name in ("up", "down"):
-            return tilted(s, sign * DOSE)
-        if name.startswith("half"):
-            return tilted(s, sign * DOSE / 2)
         if name.startswith("second"):
-            return tilted_beside(scores["second"], s, sign * DOSE / 2)
-        if name in ("first round", *CONTROLS):
-            return tilted(scores[name], DOSE)
-        return at_share(scores[name], share)
+            return beside(halfway(at_share(sign * scores["second"], SHARE)), scores["up"])
+        return at_share(sign * scores["up" if name in ("up", "down") else name], SHARE)
 
-    return {name: weights(name) for name in names}
+    return {name: None if name == "unweighted" else weights(name) for name in names}
 
 
 def print_arms(lab: Lab, arms: dict[str, np.ndarray | None]) -> None:
@@ -821,11 +836,11 @@ def summarise(
             "in_context": curve["in_context"][:, -1].tolist(),
             "class_loss_change": (
                 curve["class_loss"][:, -1] - curves["unweighted"]["class_loss"][:, -1]
-            ).mean(axis=0).tolist(),
+            ).tolist(),
             "sample_share": 1.0 if arms[arm] is None else sample_share(arms[arm]),
         }  # fmt: skip
         control = f"permuted {arm}"
-        if control in arms:
+        if arm in ("up", "down") and control in arms:
             other = steps_of(control)
             pair = (step, other) if arm == "up" else (other, step)
             entry["p_against_permuted"] = sign_test(*pair)
@@ -850,7 +865,17 @@ def print_report(result: dict[str, Any]) -> None:
     print("   change of the held-out loss of a class at the end, in 10⁻³ nats")
     print("   " + " " * 20 + "".join(f"{name:>17}" for name in result["classes"]))
     for arm, entry in result["arms"].items():
-        print(f"   {arm:20}" + "".join(f"{1e3 * x:+17.0f}" for x in entry["class_loss_change"]))
+        change = np.mean(entry["class_loss_change"], axis=0)
+        print(f"   {arm:20}" + "".join(f"{1e3 * x:+17.0f}" for x in change))
+    for pair in (SECOND[:2], SECOND[2:]):
+        if set(pair) <= set(result["arms"]):
+            up, down = (np.array(result["arms"][arm]["class_loss_change"]) for arm in pair)
+            change = 1e3 * (up - down)[:, result["classes"].index(result["second"])]
+            error = change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else math.nan
+            print(
+                f"   {pair[0]} less {pair[1]}, {result['second']}: {change.mean():+.0f} ± "
+                f"{error:.0f}, above 0 in {np.sum(change > 0)} of {len(change)} seeds"
+            )
 
 
 def draw(lab: Lab, curves: dict[str, dict[str, np.ndarray]]) -> Any:

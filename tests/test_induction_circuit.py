@@ -33,7 +33,7 @@ def test_it_keeps_every_stage(run):
     assert stages > {"again.npz", "second_round.npz"}
     assert len(stages) == 8  # and those of the two groups of heads
     assert {path.stem for path in (out / "runs").glob("*.npz")} == {
-        f"{arm.replace(' ', '_')}-300" for arm in ["unweighted", *ARMS]
+        f"{arm.replace(' ', '_')}-{example.FIRST_SEED}" for arm in ["unweighted", *ARMS]
     }
     assert (out / "induction_circuit.png").stat().st_size > 10_000
     written = json.loads((out / "report.json").read_text())
@@ -59,7 +59,9 @@ def test_a_second_call_goes_on_and_adds_a_seed(run, capsys):
     more = example.main(arguments)
     after = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
     assert {path: after[path] for path in before} == before
-    assert {path.stem for path in set(after) - set(before)} == {"unweighted-301", "up-301"}
+    assert {path.stem for path in set(after) - set(before)} == {
+        f"{arm}-{example.FIRST_SEED + 1}" for arm in ("unweighted", "up")
+    }
     assert more["arms"]["up"]["loss_ratio"][0] == result["arms"]["up"]["loss_ratio"][0]
     assert "made again" not in capsys.readouterr().out
 
@@ -89,6 +91,23 @@ def test_weights_of_a_wanted_sample_size():
         assert weights.min() >= 0
     assert example.area(score, score > 0) == 1
     assert example.area(-score, score > 0) == 0
+
+
+def test_the_part_of_a_score_that_is_in_context():
+    tokens = np.random.default_rng(0).integers(0, 4, size=(500, 33))
+    bigram = np.random.default_rng(1).normal(size=(4, 4))[tokens[:, :-1], tokens[:, 1:]]
+    rest = np.random.default_rng(2).normal(size=bigram.shape)
+    found = example.in_context(5 * bigram + rest, tokens)
+    assert np.corrcoef(found.ravel(), rest.ravel())[0, 1] > 0.99
+    assert abs(np.corrcoef(found.ravel(), bigram.ravel())[0, 1]) < 0.02
+
+
+def test_weights_beside_a_score_leave_it_alone():
+    held, score = np.random.default_rng(0).normal(size=(2, 100, 64))
+    weights = example.beside(example.at_share(score + held, 0.6), held)
+    for level in np.array_split(np.argsort(held.ravel()), example.STRATA):
+        assert weights.ravel()[level].mean() == pytest.approx(1, rel=1e-5)
+    assert np.corrcoef(weights.ravel(), score.ravel())[0, 1] > 0.5
 
 
 def test_the_published_scale_can_be_built():
