@@ -132,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"noise {noise(*side.chi) ** 0.5:.2e}, rms against reference "
             f"{max(mse, 0.0) ** 0.5:.2e}, seeds correlate "
             f"{np.corrcoef(*(chi.ravel() for chi in side.chi))[0, 1]:.2f}",
-            part="side", side=label, heads=len(heads), of_heads=len(every), draws=draws, **rows[label],
-            rms=float(np.sqrt(np.mean(best**2))),
+            part="side", side=label, heads=len(heads), of_heads=len(every), draws=draws,
+            rms=float(np.sqrt(np.mean(best**2))), **rows[label],
         )  # fmt: skip
     pathwise = rows["pathwise"]
     for label in ("devinterp", "devinterp, centred", "covariance"):

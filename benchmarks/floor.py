@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     repeats = 3 if options.quick else 9
     model = language_model.trained_model(language_model.GPT2, 20, num_probes=64)
     for name, claimed, sides, why in (
-        ("SGLD step, one chain", CLAIMED, partial(sgld_step, model, 1), ""),
-        ("SGLD step, four chains", None, partial(sgld_step, model, 4), TOGETHER),
+        ("SGLD step, one chain", CLAIMED, partial(sgld_step, model, 1, None), ""),
+        ("SGLD step, four chains", None, partial(sgld_step, model, 4, None), TOGETHER),
+        ("the same, chains_at_once=1", CLAIMED, partial(sgld_step, model, 4, 1), ""),
         ("covariance draw, one chain", CLAIMED, partial(covariance_draw, model, 1, None), ""),
         ("covariance draw, four chains", None, partial(covariance_draw, model, 4, None), TOGETHER),
         ("the same, chunk=16", CLAIMED, partial(covariance_draw, model, 4, 16), ""),
@@ -106,14 +107,16 @@ def final_scale(params: Any) -> jax.Array:
     return params["final_norm"]["scale"]
 
 
-def sgld_step(model: language_model.Trained, num_chains: int, num_steps: int) -> Sides:
+def sgld_step(
+    model: language_model.Trained, num_chains: int, at_once: int | None, num_steps: int
+) -> Sides:
     """Chains of SGLD, of which next to nothing is observed."""
     posterior = jp.localized_posterior(
         model.loss_fn, model.params, model.data, nbeta=30.0, localization=300.0
     )
     plan = jp.Plan(
         num_chains=num_chains, num_burnin=num_steps - 2, num_draws=2, num_batches=2,
-        batch_size=BATCH,
+        batch_size=BATCH, chains_at_once=at_once,
     )  # fmt: skip
 
     def ours() -> Any:

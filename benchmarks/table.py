@@ -36,9 +36,10 @@ def susceptibilities(rows: Rows) -> str:
             for label in ("devinterp, centred", "covariance")}  # fmt: skip
     side, hybrid = one(rows, part="side", side="pathwise"), one(rows, part="hybrid")
     theirs = one(rows, part="side", side="devinterp")
+    of = f" of {side['of_heads']}" if side.get("of_heads", 0) > side["heads"] else ""
     least = {label: number(min(row["noise"], row["mse"])) for label, row in gain.items()}
     return (
-        f"heads: {side['heads']}, draws: {side['draws']}; {least['devinterp, centred']} × "
+        f"heads: {side['heads']}{of}, draws: {side['draws']}; {least['devinterp, centred']} × "
         f"less CPU time to the same error with pathwise than by the centred covariance of "
         f"devinterp's draws, {least['covariance']} × than our covariance; "
         f"devinterp wrote {theirs['written'] / 2**20:.0f} MiB, we nothing; its formula equals ours "

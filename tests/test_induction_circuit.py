@@ -94,12 +94,21 @@ def test_weights_of_a_wanted_sample_size():
 
 
 def test_the_part_of_a_score_that_is_in_context():
-    tokens = np.random.default_rng(0).integers(0, 4, size=(500, 33))
+    tokens = np.random.default_rng(0).integers(0, 4, size=(2000, 33))
     bigram = np.random.default_rng(1).normal(size=(4, 4))[tokens[:, :-1], tokens[:, 1:]]
+    before = np.pad(tokens[:, :-2], ((0, 0), (1, 0)), constant_values=4)
+    trigram = np.random.default_rng(3).normal(size=(5, 4, 4))
+    trigram = trigram[before, tokens[:, :-1], tokens[:, 1:]]
     rest = np.random.default_rng(2).normal(size=bigram.shape)
-    found = example.in_context(5 * bigram + rest, tokens)
+    found = example.in_context(5 * bigram + trigram + rest, tokens)
     assert np.corrcoef(found.ravel(), rest.ravel())[0, 1] > 0.99
-    assert abs(np.corrcoef(found.ravel(), bigram.ravel())[0, 1]) < 0.02
+    for part in (bigram, trigram):
+        assert abs(np.corrcoef(found.ravel(), part.ravel())[0, 1]) < 0.02
+    # Up to bigrams alone, trigrams stay.
+    found = example.in_context(5 * bigram + trigram, tokens, 2)
+    own = example.in_context(trigram, tokens, 2)
+    assert np.corrcoef(found.ravel(), own.ravel())[0, 1] > 0.99
+    assert np.corrcoef(found.ravel(), trigram.ravel())[0, 1] > 0.8
 
 
 def test_weights_beside_a_score_leave_it_alone():
