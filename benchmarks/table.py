@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,7 +109,14 @@ def reweighting(rows: Rows) -> str:
         f"{row['method']} {row['gained']:.3f} ± {row['gained_stderr']:.3f} "
         f"(paid {row['paid']:.3f})" for row in rows
     )  # fmt: skip
-    return f"fall of the wished loss in nats over {rows[0]['seeds']} seeds: {falls}"
+    ours = one(rows, method="response")
+    tied = [
+        row["method"] for row in rows if row is not ours and abs(row["gained"] - ours["gained"])
+        <= 2 * math.hypot(row["gained_stderr"], ours["gained_stderr"])
+    ]  # fmt: skip
+    return f"fall of the wished loss in nats over {ours['seeds']} seeds: {falls}" + (
+        f"; within two errors of ours: {', '.join(tied)}" if tied else ""
+    )
 
 
 def gpu(rows: Rows) -> str:
