@@ -12,6 +12,11 @@ and subtracts the loss at w* of other mini-batches, which are here all the data 
 regression and its default 32 for the language model. Gains are var × CPU seconds and var ×
 gradients, theirs over ours; every run is compiled before it is timed.
 
+In gradients nothing is won on the regression, and nothing can be by this estimator: the spread is
+that of the chain itself (2/√112 = 0.19: d/2 = 4 is the variance of the LLC of a draw, and 11,200
+steps forget themselves in 100), the same on both sides, and ours pays two forward passes more a
+draw. Pairing pays where the loss of a mini-batch varies more than the posterior, as in `language`.
+
     python benchmarks/devinterp_llc.py [--quick] [--out benchmarks/results]
 
 writes one JSON line a row and a figure, and exits with 1 when a claim fails. Needs the bench extra.
