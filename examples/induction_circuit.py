@@ -160,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     store.title("c. response matrix of the heads")
     params = lab.unpack(base["snapshots"][settings.measure_at // settings.record_every])
     response, probes = measure_probes(store, lab, params)
-    groups = print_directions(lab, response, probes)
+    directions = jp.principal_directions(response)
+    groups = print_directions(lab, directions, probes)
 
     store.title("d. weights for every token of the training set")
     scores = score_tokens(store, lab, params, groups, args.arms)
@@ -177,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print_report(result)
     (args.out / "report.json").write_text(json.dumps(result, indent=2, default=vars) + "\n")
     draw(lab, curves).savefig(args.out / "induction_circuit.png")
+    draw_structure(lab, directions, scores["up"], args.out)
     print(f"\nResults in {args.out}")
     return result
 
@@ -423,14 +425,15 @@ def susceptibilities(
     )  # fmt: skip
 
 
-def print_directions(lab: Lab, response: jp.Response, probes: np.ndarray) -> list[tuple[str, ...]]:
+def print_directions(
+    lab: Lab, directions: jp.PrincipalDirections, probes: np.ndarray
+) -> list[tuple[str, ...]]:
     """The directions, and the two groups of heads that one of them sets against each other.
 
     The rule knows no labels. A direction on which all heads load alike says how much a token needs
     heads at all. Taken is the strongest one that is not such, and on which two halves of the draws
     agree: the signs of its loadings divide the heads into two groups that different tokens need.
     """
-    directions = jp.principal_directions(response)
     tokens = np.asarray(lab.train)[probes]
     print("   loadings   " + " ".join(f"{row:>5}" for row in directions.rows))
     taken = None
@@ -918,6 +921,20 @@ def draw(lab: Lab, curves: dict[str, dict[str, np.ndarray]]) -> Any:
     axes[1].set_title("What it is for", loc="left", fontsize=10)
     axes[0].legend(frameon=False, loc="upper left")
     return figure
+
+
+def draw_structure(
+    lab: Lab, directions: jp.PrincipalDirections, score: np.ndarray, out: Path
+) -> None:
+    """Loadings of the directions on heads, and the score that is steered over some of the text."""
+    from jaxpattern import plot
+
+    plot.loadings(directions).savefig(out / "directions.png")
+    some = np.random.default_rng(4).permutation(lab.settings.windows)[:6]
+    tokens = np.asarray(lab.train)[some]
+    plot.tokens(score[some], tokens, decode=lab.decode, label="score, standard deviations").savefig(
+        out / "tokens.png"
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def test_it_keeps_every_stage(run):
     assert {path.stem for path in (out / "runs").glob("*.npz")} == {
         f"{arm.replace(' ', '_')}-{example.FIRST_SEED}" for arm in ["unweighted", *ARMS]
     }
-    assert (out / "induction_circuit.png").stat().st_size > 10_000
+    for picture in ("induction_circuit", "directions", "tokens"):
+        assert (out / f"{picture}.png").stat().st_size > 10_000
     written = json.loads((out / "report.json").read_text())
     assert set(written["arms"]) == {"unweighted", *ARMS}
     assert result["arms"]["unweighted"]["loss_ratio"] == [1.0]
