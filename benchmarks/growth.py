@@ -7,9 +7,9 @@ and probes.
 A small transformer, the pathwise and the covariance estimator, one thing varied at a time. Every
 point is a process of its own. Memory: the peak of what is resident above what was before a run
 (Linux), CPU seconds are of a run, both compiled before. Exponents are those of a power law through
-the points. Chains go in blocks of two (`Plan.chains_at_once`), which the cache of a core holds; the
-activations of all at once outgrow it, so that time grows by more than their number does. Eight
-components are run in such blocks, as one vmapped program, and one after the other.
+the points. Eight components are run as one vmapped program, in blocks of two chains, and one after
+the other: with all chains at once their activations outgrow the cache of a core, so that time grows
+by more than they do. `Plan.chains_at_once` is for that.
 
     python benchmarks/growth.py [--quick] [--out benchmarks/results]
 
@@ -33,7 +33,6 @@ import measure
 from jaxpattern.models import transformer
 
 START = {"chains": 2, "components": 2, "probes": 32, "draws": 24, "width": 64, "context": 32}
-AT_ONCE = 2  # chains that are advanced together
 LINEAR = ("chains", "components", "draws", "probes")
 ESTIMATORS = {"pathwise": jp.pathwise(window=8, every=4), "covariance": jp.covariance()}
 STORED = 0.05  # of the bytes of all losses, the claimed share
@@ -47,7 +46,7 @@ class Point(NamedTuple):
     memory: int
 
 
-def point(estimator: str, size: dict[str, int | None]) -> Point:
+def point(estimator: str, size: dict[str, int]) -> Point:
     """`measured` in a process of its own, where no earlier run left memory behind.
 
     With one arena: of others glibc keeps what was freed last, and its next use would not be seen.
@@ -58,7 +57,7 @@ def point(estimator: str, size: dict[str, int | None]) -> Point:
     return Point(*json.loads(run.stdout))
 
 
-def measured(estimator: Any, size: dict[str, Any]) -> Point:
+def measured(estimator: Any, size: dict[str, int]) -> Point:
     """A response matrix at random weights."""
     config = transformer.TransformerConfig(
         vocab_size=64, context=size["context"], num_layers=1, num_heads=8, d_model=size["width"]
@@ -71,7 +70,7 @@ def measured(estimator: Any, size: dict[str, Any]) -> Point:
     heads = jp.components(params, kinds="head")
     plan = jp.Plan(
         num_chains=size["chains"], num_burnin=8, num_draws=size["draws"], thin=4, batch_size=8,
-        num_batches=2, chains_at_once=size.get("at_once", AT_ONCE),
+        num_batches=2, chains_at_once=size.get("at_once"),
     )  # fmt: skip
     probes = tokens[64:]
 
@@ -139,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def together_or_not(report: measure.Report, estimator: str) -> None:
     """All eight heads as one program, in blocks that the cache holds, and one after the other."""
-    together = point(estimator, START | {"components": 8, "at_once": None})
-    blocks = point(estimator, START | {"components": 8})
+    together = point(estimator, START | {"components": 8})
+    blocks = point(estimator, START | {"components": 8, "at_once": 2})
     alone = point(estimator, START | {"components": 1})
     report.add(
         f"eight heads as one program {together.seconds:.3f} CPU s, {together.memory / 2**20:.1f} "
