@@ -33,8 +33,6 @@ the start of words. Its weights leave the first score alone, and the time at whi
 no more than permuted weights change it; the loss at starts of words ends 0.37 ± 0.02 nats apart
 between second up and down (permuted 0.01 ± 0.01). Not all is left alone: repeated bigrams end 0.29
 nats worse with the second up, 0.07 with permuted weights.
-
-OTHERS
 """
 
 from __future__ import annotations
