@@ -30,7 +30,7 @@ from blackjax.base import SamplingAlgorithm
 
 import jaxpattern as jp
 import language_model
-import measure  # first, it pins the process
+import measure
 from jaxpattern import moments
 
 BATCH = 16

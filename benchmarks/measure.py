@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,18 +16,26 @@ from typing import Any, NamedTuple
 
 import jax
 
+PINNED = "JAXPATTERN_BENCHMARK_IS_PINNED"
+
 
 def pin() -> None:
     """Hold the process to one core, the last it may use, and every library to one thread.
 
     CPU seconds are then those of the computation, and depend little on what else the machine does.
-    To be called before anything is computed.
+    The process starts itself again: an import may have made threads that know nothing of this.
     """
+    if PINNED in os.environ:
+        return
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    os.environ["OMP_NUM_THREADS"] = "1"
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    os.environ |= {
+        PINNED: "1",
+        "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": f"{flags} --xla_cpu_multi_thread_eigen=false".strip(),
+    }
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 class Timing(NamedTuple):

@@ -285,7 +285,7 @@ def over_lanes(
             return jax.tree.map(lambda leaf: leaf[None], alone)
         if at_once is None or at_once >= size:
             return jax.vmap(one)(lanes)
-        return jax.lax.map(one, lanes, batch_size=at_once)
+        return jax.lax.map(one, lanes, batch_size=None if at_once == 1 else at_once)
 
     if axis_size(mesh, "chain") == 1:
         return on_device
