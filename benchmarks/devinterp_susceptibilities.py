@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     every = list(jp.components(model.params, kinds="head"))
     heads = options.heads or (["l1h0"] if options.quick else every)
+    if unknown := set(heads) - set(every):
+        parser.error(f"--heads: no {', '.join(sorted(unknown))} among {', '.join(every)}")
     draws = options.draws or (30 if options.quick else 100)
     task = Task(model, heads)
 

@@ -3,7 +3,8 @@
 Claimed, for a GPT-2-shaped language model (2 layers, d 64, vocabulary 512, context 64):
   * an SGLD step costs at most 1.1 times a bare jitted forward and backward pass of its mini-batch;
   * a draw of the covariance estimator at most 1.1 times bare forward passes of its probes.
-Beside them, without a claim: four chains at once; a pathwise step against the gradient, the
+Beside them, without a claim: a step whose bare side draws the noise too, which is most of what a
+step costs beyond its gradient; four chains at once; a pathwise step against the gradient, the
 Hessian-vector product and the jvp of the probes that it needs; a moment update against reading and
 writing its memory; the inversion of 64 rows and 10⁶ columns against one product of that size.
 
@@ -36,6 +37,7 @@ from jaxpattern import moments
 BATCH = 16
 CLAIMED = 1.1
 TOGETHER = "activations of four chains at once outgrow the cache of one core"
+NOISE = "one normal a weight, drawn by jax.random, on the bare side too"
 SWEEP = "gradient of 16, product of 4, and a gradient and a jvp of 64 probes every 4 steps"
 MEMORY = "its memory read and written; a product of the deviations of each row besides"
 PRODUCT = "one product χ χᵀ; rows weighted, noise, weights, shifts and checks are passes more"
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = language_model.trained_model(language_model.GPT2, 20, num_probes=64)
     for name, claimed, sides, why in (
         ("SGLD step, one chain", CLAIMED, partial(sgld_step, model, 1, None), ""),
+        ("the same, bare with noise", None, partial(sgld_step, model, 1, None, noise=True), NOISE),
         ("SGLD step, four chains", None, partial(sgld_step, model, 4, None), TOGETHER),
         ("the same, chains_at_once=1", CLAIMED, partial(sgld_step, model, 4, 1), ""),
         ("covariance draw, one chain", CLAIMED, partial(covariance_draw, model, 1, None), ""),
@@ -87,15 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 Sides = dict[str, Callable[[], Any]]
 
 
-def bare_steps(model: language_model.Trained, num_chains: int, num_steps: int) -> Any:
+def bare_steps(model: language_model.Trained, num_chains: int, num_steps: int, noise: bool) -> Any:
     """Forward and backward passes of a mini-batch of each chain, one after the other."""
+
+    def move(w: jax.Array, g: jax.Array, key: jax.Array) -> jax.Array:
+        w = w - 1e-9 * g
+        return w + 1e-9 * jax.random.normal(key, w.shape) if noise else w
 
     @jax.jit
     def run(params: Any, batch: jax.Array) -> Any:
         gradient = jax.grad(lambda w, x: jnp.mean(model.loss_fn(w, x)))
 
         def step(i: jax.Array, w: Any) -> Any:
-            return jax.tree.map(lambda x, g: x - 1e-9 * g, w, gradient(w, batch))
+            treedef = jax.tree.structure(w)
+            keys = jax.random.split(jax.random.key(i), treedef.num_leaves)
+            return jax.tree.map(move, w, gradient(w, batch), treedef.unflatten(keys))
 
         return jax.lax.fori_loop(0, num_chains * num_steps, step, params)
 
@@ -108,7 +117,11 @@ def final_scale(params: Any) -> jax.Array:
 
 
 def sgld_step(
-    model: language_model.Trained, num_chains: int, at_once: int | None, num_steps: int
+    model: language_model.Trained,
+    num_chains: int,
+    at_once: int | None,
+    num_steps: int,
+    noise: bool = False,
 ) -> Sides:
     """Chains of SGLD, of which next to nothing is observed."""
     posterior = jp.localized_posterior(
@@ -125,7 +138,7 @@ def sgld_step(
             final_scale, progress=False,
         )  # fmt: skip
 
-    return {"jaxpattern": ours, "bare": bare_steps(model, num_chains, num_steps)}
+    return {"jaxpattern": ours, "bare": bare_steps(model, num_chains, num_steps, noise)}
 
 
 def stand_still(posterior: Any) -> SamplingAlgorithm:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+LINEAR = ("chains", "components", "draws", "probes")
 README = Path(__file__).parents[1] / "README.md"
 Rows = list[dict[str, Any]]
 
@@ -30,6 +31,11 @@ def one(rows: Rows, **wanted: Any) -> dict[str, Any]:
 def number(x: float, places: int = 2) -> str:
     """So many digits that count, without an exponent for ordinary sizes."""
     return f"{float(f'{x:.{places}g}'):,.6g}"
+
+
+def not_met(holds: bool) -> str:
+    """What is said of a claim that does not hold."""
+    return "" if holds else ", **not met**"
 
 
 def susceptibilities(rows: Rows) -> str:
@@ -78,7 +84,11 @@ def llc(rows: Rows) -> str:
 def floor(rows: Rows) -> str:
     return ", ".join(
         f"{row['part']} {row['ratio']:.2f}"
-        + (f" (claimed {row['claimed']:g})" if row["claimed"] else "")
+        + (
+            f" (claimed {row['claimed']:g}{not_met(row['ratio'] <= row['claimed'])})"
+            if row["claimed"]
+            else ""
+        )
         for row in rows
     )
 
@@ -87,8 +97,9 @@ def growth(rows: Rows) -> str:
     axes = [row for row in rows if "axis" in row]
     exponents = "; ".join(
         f"{label}: " + ", ".join(
-            f"{row['time_exponent']:.2f} in {row['axis']}" for row in axes
-            if row["estimator"] == label
+            f"{row['time_exponent']:.2f} in {row['axis']}"
+            + not_met(row["axis"] not in LINEAR or row["time_exponent"] <= 1.1)
+            for row in axes if row["estimator"] == label
         ) for label in dict.fromkeys(row["estimator"] for row in axes)
     )  # fmt: skip
     draws = one(axes, estimator="pathwise", axis="draws")
@@ -114,8 +125,15 @@ def reweighting(rows: Rows) -> str:
         row["method"] for row in rows if row is not ours and abs(row["gained"] - ours["gained"])
         <= 2 * math.hypot(row["gained_stderr"], ours["gained_stderr"])
     ]  # fmt: skip
-    return f"fall of the wished loss in nats over {ours['seeds']} seeds: {falls}" + (
-        f"; within two errors of ours: {', '.join(tied)}" if tied else ""
+    ahead = [
+        row["method"] for row in rows
+        if row["gained"] > ours["gained"] and row["paid"] < ours["paid"]
+    ]  # fmt: skip
+    return (
+        f"fall of the wished loss in nats over {ours['seeds']} seeds: {falls}"
+        + (f"; within two errors of ours: {', '.join(tied)}" if tied else "")
+        + f"; claimed that none lowers it more and pays less{not_met(not ahead)}"
+        + (f": {', '.join(ahead)}" if ahead else "")
     )
 
 
