@@ -1,6 +1,9 @@
 """What the benchmarks compute beside the library: the torch port, the formula of devinterp."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -64,6 +67,28 @@ def test_a_false_claim_fails_and_rows_are_kept(tmp_path, capsys):
     assert row["ratio"] == 2.0
     assert row == json.loads((tmp_path / "test.jsonl").read_text())
     assert "NOT MET: 2 < 1" in capsys.readouterr().out
+
+
+LATE = """
+import os
+import jax.numpy as jnp
+print(jnp.ones(3).sum())  # threads are there before the process is pinned
+import measure
+measure.pin()
+print(*(sorted(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's list of threads")
+def test_every_thread_is_held_to_one_core(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    folder = os.path.dirname(measure.__file__)
+    env = {k: v for k, v in os.environ.items() if k != measure.PINNED} | {"PYTHONPATH": folder}
+    out = subprocess.run(
+        [sys.executable, script], env=env, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert set(out[-1].split()) == {f"[{max(os.sched_getaffinity(0))}]"}
 
 
 @pytest.mark.parametrize("part", [floor.moment_update, floor.inversion])

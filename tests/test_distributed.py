@@ -123,9 +123,10 @@ def test_the_current_mesh_is_used():
         assert sampling.resolve_mesh(None) is None
 
 
-def test_blocks_of_chains():
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_blocks_of_chains(at_once):
     """chains_at_once changes when a chain is computed, not what."""
-    plan = replace(program.PLAN, num_chains=5, chains_at_once=2)
+    plan = replace(program.PLAN, num_chains=5, chains_at_once=at_once)
     run = partial(
         jp.sample, program.key(), program.posterior(), program.SAMPLER, observe=program.weights_of,
         progress=False,
