@@ -107,7 +107,8 @@ def growth(rows: Rows) -> str:
     heads = one(rows, part="heads")
     (_, together, much), (_, blocks, little) = heads["together"], heads["blocks"]
     return (
-        f"exponents of time (claimed 1.1 in chains, components, draws, probes): {exponents}; "
+        f"exponents of time, two chains at a time (claimed 1.1 in chains, components, draws, "
+        f"probes): {exponents}; "
         f"memory {before / 2**20:.0f} and {after / 2**20:.0f} MiB at {few} and {many} draws; eight "
         f"heads {together:.1f} CPU s and {much / 2**20:.0f} MiB as one program, {blocks:.1f} and "
         f"{little / 2**20:.0f} with `chains_at_once=2`, which the cache holds, "
