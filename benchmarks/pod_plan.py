@@ -36,11 +36,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxpattern as jp
 from jaxpattern import sampling, training
-from jaxpattern.distributed import pad_lanes, param_specs
 from jaxpattern.models import transformer
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response import adjoint
 from jaxpattern.response.problem import Problem
+from jaxpattern.runtime.mesh import pad_lanes, param_specs
 
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 256: "v5e:16x16"}
 HBM = 16 * 2**30  # bytes of a v5e chip

@@ -57,8 +57,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import jaxpattern as jp
-from jaxpattern import metrics
 from jaxpattern.data import subwords, text
+from jaxpattern.lm import scores as metrics
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
 from stages import Stages
 from weighting import area, sample_share

@@ -1,9 +1,7 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
-from jaxpattern.checkpoint import Checkpoint, CheckpointError, CheckpointWarning, Interrupted
-from jaxpattern.components import components
+from jaxpattern._version import __version__ as __version__
 from jaxpattern.diagnostics import Summary, summarize
-from jaxpattern.distributed import is_first_process, mesh, shard_params
 from jaxpattern.inversion import (
     Intervention,
     InversionMethod,
@@ -17,7 +15,8 @@ from jaxpattern.inversion import (
     truncated,
 )
 from jaxpattern.llc import LocalLearningCoefficient, llc
-from jaxpattern.metrics import (
+from jaxpattern.lm.components import components
+from jaxpattern.lm.scores import (
     in_context_score,
     induction_loss,
     prefix_matching_score,
@@ -25,9 +24,15 @@ from jaxpattern.metrics import (
     repeated_bigrams,
     repeated_tokens,
 )
+from jaxpattern.lm.tokens import (
+    TokenInContext,
+    TokenMean,
+    extreme_tokens,
+    format_tokens,
+    mean_by_token,
+)
 from jaxpattern.observables import excess_loss, mean_loss
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
-from jaxpattern.processes import ProcessError, from_processes, start
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
 from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
@@ -45,16 +50,17 @@ from jaxpattern.restriction import (
     union,
 )
 from jaxpattern.results import ResultFileError, load, save
+from jaxpattern.runtime.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWarning,
+    Interrupted,
+)
+from jaxpattern.runtime.mesh import is_first_process, mesh, shard_params
+from jaxpattern.runtime.processes import ProcessError, from_processes, start
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
 from jaxpattern.sweep import Sweep, sweep
-from jaxpattern.token_table import (
-    TokenInContext,
-    TokenMean,
-    extreme_tokens,
-    format_tokens,
-    mean_by_token,
-)
 from jaxpattern.training import History, train
 
 __all__ = [
@@ -134,5 +140,3 @@ __all__ = [
     "truncated",
     "union",
 ]
-
-__version__ = "0.1.0"

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxpattern.checkpoint import Checkpoint, open_store
 from jaxpattern.diagnostics import summarize
-from jaxpattern.distributed import resolve_mesh
 from jaxpattern.posterior import Posterior
+from jaxpattern.runtime.checkpoint import Checkpoint, open_store
+from jaxpattern.runtime.mesh import resolve_mesh
 from jaxpattern.sampling import (
     Plan,
     as_pytree_function,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from jaxpattern.posterior import losses_in_chunks
+from jaxpattern.losses import losses_in_chunks
 from jaxpattern.types import Batch, Losses, LossFn, Params
 from jaxpattern.validation import batch_length, check_count, check_function, check_hashable
 

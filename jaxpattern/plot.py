@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxpattern.inversion import Intervention
+from jaxpattern.lm.tokens import Decode, check_aligned, decode_each, visible
 from jaxpattern.response.directions import PrincipalDirections
 from jaxpattern.response.result import Response
 from jaxpattern.sweep import Sweep
-from jaxpattern.token_table import Decode, check_aligned, decode_each, visible
 from jaxpattern.validation import check_count
 
 try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
+from jaxpattern.losses import check_finite_losses, check_loss, normalise_weights, widen
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.types import Batch, Losses, LossFn, Params, Position
 from jaxpattern.validation import (
@@ -20,11 +19,7 @@ from jaxpattern.validation import (
     check_hashable,
     check_number,
     check_params,
-    holds,
-    is_concrete,
 )
-
-_CHECKED_SAMPLES = 1024
 
 
 class Minibatch(NamedTuple):
@@ -97,7 +92,7 @@ class Posterior:
     @property
     def centre(self) -> Position:
         """The position of w*."""
-        return self._reflect(jax.tree.map(_widen, self._select(self.params)))
+        return self._reflect(jax.tree.map(widen, self._select(self.params)))
 
     def embed(self, position: Position) -> Params:
         """The full weights at a position: everything outside the restriction stays at w*."""
@@ -123,7 +118,7 @@ class Posterior:
 
     def losses(self, position: Position, batch: Batch) -> Losses:
         """ℓ_z(w) of a batch, at least in float32."""
-        return _widen(self.loss_fn(self.embed(position), batch))
+        return widen(self.loss_fn(self.embed(position), batch))
 
     def loss(self, position: Position, minibatch: Minibatch | None = None) -> Float[Array, ""]:
         """L(w) on all the data, or its unbiased estimate from a mini-batch."""
@@ -245,96 +240,3 @@ def restrict(posterior: Posterior, restriction: Restriction) -> Posterior:
         )
     check_restriction(restriction, posterior.params)
     return replace(posterior, restriction=restriction)
-
-
-def losses_in_chunks(loss_fn: LossFn, params: Params, batch: Batch, chunk: int | None) -> Losses:
-    """ℓ_z(w) of a batch, `chunk` samples at a time: memory O(chunk), one compiled loop."""
-
-    def evaluate(piece: Batch, size: int) -> Losses:
-        losses = loss_fn(params, piece)
-        _check_losses(losses, size, "loss_fn")
-        return _widen(losses)
-
-    size = batch_length("batch", batch)
-    if chunk is None or chunk >= size:
-        return evaluate(batch, size)
-    whole = size // chunk * chunk
-    head = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), batch)
-    losses = jax.lax.map(lambda piece: evaluate(piece, chunk), head)
-    losses = losses.reshape(whole, *losses.shape[2:])
-    if whole == size:
-        return losses
-    rest = evaluate(jax.tree.map(lambda x: x[whole:], batch), size - whole)
-    return jnp.concatenate([losses, rest])
-
-
-def check_loss(
-    loss_fn: LossFn, params: Params, batch: Batch, num_samples: int, name: str = "loss_fn"
-) -> tuple[tuple[int, ...], jnp.dtype]:
-    """Shape and (widened) dtype of the losses of a batch, without computing them."""
-    out = jax.eval_shape(loss_fn, params, batch)
-    _check_losses(out, num_samples, name)
-    return out.shape, jnp.promote_types(out.dtype, jnp.float32)
-
-
-def _check_losses(out: Any, num_samples: int, name: str) -> None:
-    if not hasattr(out, "shape"):
-        raise TypeError(f"{name} must return one array of losses, got {type(out).__name__}")
-    if out.ndim == 0:
-        raise ValueError(
-            f"{name} must return one loss a sample, [B] or [B, T]; it reduced to a scalar"
-        )
-    if out.shape[0] != num_samples or out.ndim > 2 or 0 in out.shape:
-        raise ValueError(
-            f"{name} must return losses of shape [B] or [B, T] with B = {num_samples}, "
-            f"got {list(out.shape)}"
-        )
-    if not jnp.issubdtype(out.dtype, jnp.floating):
-        raise TypeError(f"{name} must return floating-point losses, got {out.dtype}")
-
-
-def check_finite_losses(loss_fn: LossFn, params: Params, batch: Batch, num_samples: int) -> None:
-    """The losses of the first samples are finite at w*."""
-    if not all(map(is_concrete, jax.tree.leaves((params, batch)))):
-        return
-    with jax.ensure_compile_time_eval():
-        head = jax.tree.map(lambda x: x[:_CHECKED_SAMPLES], batch)
-        losses = np.asarray(_losses_jit(loss_fn, params, head))
-    finite = np.isfinite(losses.reshape(losses.shape[0], -1)).all(axis=1)
-    if not finite.all():
-        bad = np.flatnonzero(~finite)[:5].tolist()
-        raise ValueError(
-            f"loss_fn is not finite at params for {(~finite).sum()} of the first "
-            f"{len(finite)} samples of data, such as samples {bad}"
-        )
-
-
-@partial(jax.jit, static_argnums=0)
-def _losses_jit(loss_fn: LossFn, params: Params, batch: Batch) -> Losses:
-    return losses_in_chunks(loss_fn, params, batch, 64)
-
-
-def normalise_weights(
-    weights: Array | np.ndarray | None, shape: tuple[int, ...], dtype: jnp.dtype
-) -> Float[Array, "samples *tokens"]:
-    """ρ scaled to sum N."""
-    if weights is None:
-        return jnp.full(shape, shape[0] / math.prod(shape), dtype)
-    kind = weights.dtype if hasattr(weights, "dtype") else np.asarray(weights).dtype
-    if not any(jnp.issubdtype(kind, real) for real in (jnp.floating, jnp.integer, bool)):
-        raise TypeError(f"weights must be real numbers, got {kind}")
-    weights = jnp.asarray(weights, dtype)
-    if weights.shape != shape:
-        raise ValueError(
-            f"weights must have the shape of the losses, {list(shape)}, got {list(weights.shape)}"
-        )
-    total = jnp.sum(weights)
-    if not holds(lambda x: jnp.all(jnp.isfinite(x)), weights):
-        raise ValueError("weights must be finite, got NaN or infinity among them")
-    if not holds(lambda x: jnp.sum(x) > 0, weights):
-        raise ValueError(f"weights must have a positive sum, got {float(total):g}")
-    return weights * (shape[0] / total)
-
-
-def _widen(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpattern.fingerprint import digest
+from jaxpattern._version import __version__
 from jaxpattern.inversion.intervention import Intervention
 from jaxpattern.llc import LocalLearningCoefficient
 from jaxpattern.response.result import Response
+from jaxpattern.runtime.fingerprint import digest
 from jaxpattern.validation import is_concrete
 
 _FORMAT = 1
@@ -95,7 +95,7 @@ def save(
         "content": content,
         "units": _UNITS[kind],
         "provenance": {
-            "jaxpattern": import_module("jaxpattern").__version__,
+            "jaxpattern": __version__,
             "jax": jax.__version__,
             "backend": jax.default_backend(),
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -32,8 +32,11 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from tqdm import tqdm
 
-from jaxpattern.checkpoint import Checkpoint, Store, open_store
-from jaxpattern.distributed import (
+from jaxpattern.losses import losses_in_chunks
+from jaxpattern.posterior import Posterior, Target
+from jaxpattern.restriction import Restriction
+from jaxpattern.runtime.checkpoint import Checkpoint, Store, open_store
+from jaxpattern.runtime.mesh import (
     fetch,
     is_first_process,
     over_lanes,
@@ -41,8 +44,6 @@ from jaxpattern.distributed import (
     put,
     resolve_mesh,
 )
-from jaxpattern.posterior import Posterior, Target, losses_in_chunks
-from jaxpattern.restriction import Restriction
 from jaxpattern.types import Params, Position
 from jaxpattern.validation import (
     check_count,

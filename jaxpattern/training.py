@@ -16,8 +16,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 from tqdm import tqdm
 
-from jaxpattern.checkpoint import Checkpoint, open_store
-from jaxpattern.distributed import (
+from jaxpattern.losses import check_finite_losses, check_loss, normalise_weights
+from jaxpattern.posterior import Minibatch
+from jaxpattern.runtime.checkpoint import Checkpoint, open_store
+from jaxpattern.runtime.mesh import (
     axis_size,
     cut,
     fetch,
@@ -27,7 +29,6 @@ from jaxpattern.distributed import (
     put,
     resolve_mesh,
 )
-from jaxpattern.posterior import Minibatch, check_finite_losses, check_loss, normalise_weights
 from jaxpattern.sampling import as_pytree_function, loop_bounds
 from jaxpattern.types import Batch, LossFn, Params
 from jaxpattern.validation import (

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import jaxpattern as jp
-from jaxpattern.checkpoint import Stage
+from jaxpattern.runtime.checkpoint import Stage
 
 PLAN = jp.Plan(num_chains=2, num_burnin=3, num_draws=6, thin=2, batch_size=3, num_batches=2)
 RNG = np.random.default_rng(0)

@@ -28,7 +28,7 @@ except jp.ProcessError as error:
 import checkpoint_program as program  # noqa: E402
 import numpy as np  # noqa: E402
 
-from jaxpattern.checkpoint import Stage  # noqa: E402
+from jaxpattern.runtime.checkpoint import Stage  # noqa: E402
 
 folder = Path(folder)
 checkpoint = jp.Checkpoint(folder / "run", every_seconds=0) if rest else None

@@ -26,8 +26,8 @@ from jaxtyping import config
 from test_sampling import doomed
 
 import jaxpattern as jp
-from jaxpattern.checkpoint import Stage
-from jaxpattern.fingerprint import differences, fingerprint
+from jaxpattern.runtime.checkpoint import Stage
+from jaxpattern.runtime.fingerprint import differences, fingerprint
 
 PROGRAM = Path(program.__file__)
 KEPT = ("manifest.json", "lock")
@@ -142,7 +142,7 @@ def test_chunks_do_not_change_a_bit(driver, wanted, tmp_path, monkeypatch):
 
 def test_chunks_grow_until_they_take_their_time(tmp_path):
     """A run that is fast against the interval is cut into few chunks."""
-    with jp.checkpoint.open_store(jp.Checkpoint(tmp_path, 60.0), "test") as store:
+    with open_store(jp.Checkpoint(tmp_path, 60.0), "test") as store:
         sizes = [b - a for a, b in store.stage("loop", 1000).chunks(0, 1000, 7)]
     assert sizes == [1, 2, 4, 8, 16, 32, 64, 128, 256, 489]
 
@@ -189,7 +189,7 @@ def test_states_with_keys_and_empty_arrays(tmp_path):
         "flag": jnp.asarray(True),
     }
     for attempt in range(2):
-        with jp.checkpoint.open_store(often(tmp_path), "test") as store:
+        with open_store(often(tmp_path), "test") as store:
             stage = store.stage("loop", 2)
             position, got = stage.resume(lambda: state)
             assert position == attempt
@@ -327,13 +327,13 @@ def interruptible():
 
 def test_signals_that_meet_no_chunk(tmp_path, interruptible):
     """One that comes after the last chunk is not lost, and a second one acts at once."""
-    store = jp.checkpoint.open_store(often(tmp_path), "test")
+    store = open_store(often(tmp_path), "test")
     noted = store.__enter__()
     os.kill(os.getpid(), signal.SIGINT)
     assert noted.signal == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         store.__exit__(None, None, None)
-    with jp.checkpoint.open_store(often(tmp_path), "test") as store:
+    with open_store(often(tmp_path), "test") as store:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -354,7 +354,7 @@ def test_sigterm_of_a_process(tmp_path):
     if process.wait(timeout=120) == 0:
         pytest.skip("the run was over before the signal came")
     errors = (tmp_path / "errors").read_text()
-    assert "jaxpattern.checkpoint.Interrupted: the run was stopped by SIGTERM" in errors
+    assert "jaxpattern.runtime.checkpoint.Interrupted: the run was stopped by SIGTERM" in errors
     last = int(lines(tmp_path / "log")[-1].split()[-1])
     assert positions(tmp_path / "run")["000-training"][-1] == last
 
@@ -636,7 +636,7 @@ def test_a_fingerprint_is_the_same_in_another_process():
     """No address, no order of a set, no count of calls gets into it."""
     code = (
         "import json, test_checkpoint as t\n"
-        "from jaxpattern.fingerprint import fingerprint\n"
+        "from jaxpattern.runtime.fingerprint import fingerprint\n"
         "import optax, checkpoint_program as program\n"
         "lines = t.fingerprint_of(loss_fn=t.scaled_loss, estimator=t.jp.pathwise())\n"
         "lines |= fingerprint(optimizer=optax.adamw(1e-3), vocabulary=t.among)\n"

@@ -17,7 +17,7 @@ from test_sampling import doomed
 
 import jaxpattern as jp
 from jaxpattern import sampling
-from jaxpattern.distributed import pad_lanes, param_specs, put
+from jaxpattern.runtime.mesh import pad_lanes, param_specs, put
 
 COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
 

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from scipy import stats
 
 import jaxpattern as jp
-from jaxpattern.posterior import losses_in_chunks
+from jaxpattern.losses import losses_in_chunks
 
 N, D = 9, 4
 RNG = np.random.default_rng(0)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxpattern.metrics import repeated_bigrams
+from jaxpattern.lm.scores import repeated_bigrams
 from jaxpattern.validation import check_count, check_number
 
 

@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, PyTree
 from tqdm import tqdm
 
-from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
-from jaxpattern.distributed import fetch, is_first_process, pad_lanes, put
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.problem import ComponentGroup, Problem
 from jaxpattern.response.step import GivenGradient, floats_of
+from jaxpattern.runtime.checkpoint import Store
+from jaxpattern.runtime.mesh import fetch, is_first_process, pad_lanes, put
 from jaxpattern.sampling import (
     Plan,
     all_finite,

@@ -26,13 +26,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern import moments
-from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
 from jaxpattern.moments import Moments, outer
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.assembly import Part, assemble, summarize_rows
 from jaxpattern.response.problem import ComponentGroup, Estimator, Problem, check_direct
 from jaxpattern.response.result import Response
+from jaxpattern.runtime.checkpoint import Store
 from jaxpattern.sampling import Chain, Plan, check_alive, position_of, run_chains, write_draw
 
 

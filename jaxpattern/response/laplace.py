@@ -25,12 +25,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import Summary
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.assembly import Part, assemble
 from jaxpattern.response.problem import ComponentGroup, Estimator, Problem
 from jaxpattern.response.result import Response
+from jaxpattern.runtime.checkpoint import Store
 from jaxpattern.sampling import Plan
 from jaxpattern.types import Position
 from jaxpattern.validation import check_count, check_number

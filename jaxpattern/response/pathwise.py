@@ -84,7 +84,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key
 
-from jaxpattern.checkpoint import Store
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.adjoint import AdjointChain, Layout, run_adjoint
 from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
@@ -93,6 +92,7 @@ from jaxpattern.response.problem import ComponentGroup, Estimator, Problem, chec
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.tangent import tangent_cost, tangent_response
 from jaxpattern.restriction import Restriction
+from jaxpattern.runtime.checkpoint import Store
 from jaxpattern.samplers import relaxation_steps
 from jaxpattern.sampling import (
     Plan,

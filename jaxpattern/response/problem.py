@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from jaxpattern.checkpoint import Store
-from jaxpattern.distributed import put, put_rows
-from jaxpattern.posterior import Minibatch, Posterior, check_loss, losses_in_chunks
+from jaxpattern.losses import check_loss, losses_in_chunks
+from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction, check_restriction
+from jaxpattern.runtime.checkpoint import Store
+from jaxpattern.runtime.mesh import put, put_rows
 from jaxpattern.sampling import Plan, as_pytree_function
 from jaxpattern.types import Batch, Losses, Params, Position
 from jaxpattern.validation import batch_length, check_function, holds

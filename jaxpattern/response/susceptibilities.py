@@ -9,14 +9,14 @@ from typing import Any
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxpattern.checkpoint import Checkpoint, open_store
-from jaxpattern.distributed import resolve_mesh
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.pathwise import pathwise
 from jaxpattern.response.problem import Estimator, build_problem, component_groups, named
 from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction
+from jaxpattern.runtime.checkpoint import Checkpoint, open_store
+from jaxpattern.runtime.mesh import resolve_mesh
 from jaxpattern.samplers import relaxation_steps
 from jaxpattern.sampling import Plan, as_pytree_function, check_run
 from jaxpattern.types import Batch

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxpattern.checkpoint import Store
 from jaxpattern.diagnostics import batch_of
-from jaxpattern.distributed import put
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
 from jaxpattern.response.problem import ComponentGroup, Problem
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import GivenGradient, floats_of
+from jaxpattern.runtime.checkpoint import Store
+from jaxpattern.runtime.mesh import put
 from jaxpattern.sampling import Plan, check_alive, position_of, run_chains, write_draw
 from jaxpattern.types import Position, SamplingAlgorithm
 

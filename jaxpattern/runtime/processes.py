@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpattern.distributed import axis_size
+from jaxpattern.runtime.mesh import axis_size
 from jaxpattern.types import Batch
 from jaxpattern.validation import batch_length, check_count
 

@@ -19,7 +19,7 @@ import sysconfig
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpattern.distributed import to_host
+from jaxpattern._version import __version__
+from jaxpattern.runtime.mesh import to_host
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _PACKAGES = ("jax", "jaxlib", "blackjax", "optax", "numpy")
@@ -47,7 +48,7 @@ def fingerprint(**arguments: Any) -> dict[str, str]:
     lines = dict(line for name, value in arguments.items() for line in describe(name, value))
     lines["platform"] = jax.default_backend()
     lines["python"] = ".".join(platform.python_version_tuple()[:2])
-    lines["version of jaxpattern"] = import_module("jaxpattern").__version__
+    lines["version of jaxpattern"] = __version__
     for name in _PACKAGES:
         lines[f"version of {name}"] = _version(name)
     for option in ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable"):

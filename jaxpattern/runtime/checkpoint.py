@@ -1,9 +1,10 @@
 """Checkpoints: a driver that was stopped goes on where it was, to the same bits.
 
 A folder belongs to one run. `manifest.json` says what the run depends on (see
-`jaxpattern.fingerprint`), `lock` is held by the process that works on it, and each compiled loop of
-the run, a *stage*, has a folder of its own, with one Orbax checkpoint for each position it keeps:
-the two newest, and of a stage that is complete and followed by another only the last.
+`jaxpattern.runtime.fingerprint`), `lock` is held by the process that works on it, and each
+compiled loop of the run, a *stage*, has a folder of its own, with one Orbax checkpoint for each
+position it keeps: the two newest, and of a stage that is complete and followed by another only the
+last.
 
 A state is saved as full arrays on the host with a checksum, so that it can go on with any number
 of devices. Randomness is a function of the run's key and the number of the step, and a loop gives
@@ -32,9 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpattern.distributed import is_first_process, put_as, to_host
-from jaxpattern.fingerprint import differences, digest, fingerprint
-from jaxpattern.processes import from_first, largest
+from jaxpattern.runtime.fingerprint import differences, digest, fingerprint
+from jaxpattern.runtime.mesh import is_first_process, put_as, to_host
+from jaxpattern.runtime.processes import from_first, largest
 from jaxpattern.validation import check_number, is_concrete
 
 _FORMAT = 1

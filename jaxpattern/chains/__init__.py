@@ -1,0 +1,1 @@
+"""Chains: from a run to recorded draws."""

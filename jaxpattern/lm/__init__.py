@@ -1,0 +1,1 @@
+"""Reading language models: components, scores and tokens."""

@@ -1,0 +1,1 @@
+"""Where and how a run is carried out: meshes, processes, and the folder that keeps it."""
