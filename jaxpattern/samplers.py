@@ -1,30 +1,133 @@
-"""Samplers: functions from a `Posterior` to a blackjax `SamplingAlgorithm`.
+"""Samplers: functions from a `Posterior` to a blackjax `SamplingAlgorithm`, which state their needs.
 
-A sampler made here is a `jax.tree_util.Partial` whose leaves are its settings, so that it passes
-through `jit` without compiling again for another step size, and can be vmapped over one. Step
-sizes are ε in the field's convention, w ← w + (ε/2) ∇log p + √ε ξ; blackjax's is ε/2.
+`sgld`, `sgnht` and `mala` run the kernels of blackjax; the RMSprop-preconditioned SGLD, which
+blackjax has not, is written here. Step sizes are ε in the field's convention,
+w ← w + (ε/2) ∇log p + √ε ξ; blackjax's is ε/2.
 
-A user's own sampler is any function of the posterior that returns a `SamplingAlgorithm`: with
-`step(key, state, minibatch) → state` as the stochastic-gradient kernels of blackjax (bind their
-step size), or `step(key, state) → (state, info)` as its MCMC kernels.
+A sampler is a pytree whose leaves are its settings, so that it passes through `jit` without
+compiling again for another step size, and can be vmapped over one. A user's own sampler is any
+function of the posterior that returns a `SamplingAlgorithm`: with `step(key, state, minibatch) →
+state` as the stochastic-gradient kernels of blackjax (bind their step size), or
+`step(key, state) → (state, info)` as its MCMC kernels. `make_sampler` lets it say more of itself.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from jaxpattern.diagnostics import import_blackjax
 from jaxpattern.posterior import Posterior, Target
 from jaxpattern.types import Position, SamplingAlgorithm
-from jaxpattern.validation import check_number, is_concrete
+from jaxpattern.validation import as_pytree_function, check_number, is_concrete
+
+Noise = Literal["flat", "leaf"]
 
 
-def sgld(*, step_size: float | Float[Array, ""]) -> Partial:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """A function from a posterior to a `SamplingAlgorithm`, and what it needs.
+
+    Attributes:
+        algorithm: the function; its bound settings are leaves.
+        needs_minibatch: whether `step` takes (key, state, minibatch) and returns a state, or
+            (key, state) and returns (state, info).
+        gradients_per_step: loss gradients a step asks the posterior for; None: not known. A chain
+            can be differentiated where it is one.
+        relaxation_steps: function of posterior and settings that gives the steps in which a chain
+            forgets a direction of precision γ by a factor e, or None; itself None: not known.
+        name: what it is called.
+    """
+
+    algorithm: Callable[[Target], SamplingAlgorithm]
+    needs_minibatch: bool = field(default=True, metadata={"static": True})
+    gradients_per_step: int | None = field(default=None, metadata={"static": True})
+    relaxation_steps: Callable[[Posterior, dict[str, Any]], float | None] | None = field(
+        default=None, metadata={"static": True}
+    )
+    name: str = field(default="sampler", metadata={"static": True})
+
+    def __call__(self, posterior: Target) -> SamplingAlgorithm:
+        return self.algorithm(posterior)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is bound to the algorithm by name."""
+        return dict(getattr(self.algorithm, "keywords", {}))
+
+    def relaxation(self, posterior: Posterior) -> float | None:
+        """Steps in which a chain forgets a flat direction (one of precision γ) by a factor e.
+
+        None where it is not known: another sampler, γ = 0, or settings that are being traced.
+        """
+        known = all(map(is_concrete, (posterior.localization, *self.settings.values())))
+        if self.relaxation_steps is None or not known or float(posterior.localization) == 0:
+            return None
+        return self.relaxation_steps(posterior, self.settings)
+
+    def __repr__(self) -> str:
+        inside = (f"{k}={_show(v)}" for k, v in self.settings.items())
+        return f"{self.name}({', '.join(inside)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sampler) or jax.tree.structure(self) != jax.tree.structure(other):
+            return False
+        pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
+        return all(a is b or bool(np.array_equal(a, b)) for a, b in pairs)
+
+    def __hash__(self) -> int:
+        return hash(jax.tree.structure(self))
+
+
+def make_sampler(
+    algorithm: Callable[[Target], SamplingAlgorithm],
+    *,
+    needs_minibatch: bool = True,
+    gradients_per_step: int | None = None,
+    relaxation_steps: Callable[[Posterior, dict[str, Any]], float | None] | None = None,
+    name: str | None = None,
+) -> Sampler:
+    """A sampler from a function of the posterior that returns a `SamplingAlgorithm`.
+
+    Args:
+        algorithm: the function; a `jax.tree_util.Partial` of it makes its settings leaves.
+        needs_minibatch, gradients_per_step, relaxation_steps: see `Sampler`.
+        name: what it is called when printed.
+    """
+    inner = getattr(algorithm, "func", algorithm)
+    return Sampler(
+        algorithm=as_pytree_function(algorithm),
+        needs_minibatch=needs_minibatch,
+        gradients_per_step=gradients_per_step,
+        relaxation_steps=relaxation_steps,
+        name=name or getattr(inner, "__name__", type(inner).__name__),
+    )
+
+
+def _show(value: Any) -> str:
+    if not is_concrete(value):
+        return "traced"
+    return f"{float(value):g}" if np.ndim(value) == 0 and not isinstance(value, str) else str(value)
+
+
+def import_blackjax() -> Any:
+    """blackjax, which computes when it is imported: not before it is used, nor within a trace.
+
+    A backend of JAX that has started cannot be joined to other processes any more.
+    """
+    with jax.ensure_compile_time_eval():
+        return importlib.import_module("blackjax")
+
+
+def sgld(*, step_size: float | Float[Array, ""], noise: Noise = "flat") -> Sampler:
     """Stochastic gradient Langevin dynamics, w ← w − (ε/2)[nβ ∇L_B(w) + γ(w − w*)] + √ε ξ.
 
     On a quadratic of curvature h, with per-sample gradient variance C, batch size m and
@@ -32,7 +135,9 @@ def sgld(*, step_size: float | Float[Array, ""]) -> Partial:
     as (1 − εP/2)^t.
 
     Args:
-        step_size: ε > 0, in squared units of the weights.
+        step_size: ε > 0, in squared units of the parameters.
+        noise: `"flat"`: blackjax's kernel, which draws ξ as one vector. `"leaf"`: ξ is drawn array
+            by array, where each lies; for parameters that are cut over the mesh axis `model`.
 
     Returns:
         A sampler.
@@ -41,25 +146,52 @@ def sgld(*, step_size: float | Float[Array, ""]) -> Partial:
         Welling & Teh 2011; Lau et al. 2023, arXiv 2308.12108.
     """
     check_number("step_size", step_size, minimum=0.0, exclusive=True)
-    return Partial(_sgld, step_size=step_size)
+    return Sampler(
+        Partial(_noise_of(noise, _sgld, _sgld_by_leaf), step_size=step_size),
+        gradients_per_step=1,
+        relaxation_steps=_overdamped,
+        name="sgld",
+    )
+
+
+def _overdamped(posterior: Posterior, settings: dict[str, Any]) -> float:
+    """2 / (εγ)."""
+    return 2 / (float(settings["step_size"]) * float(posterior.localization))
+
+
+def _noise_of(noise: str, flat: Any, leaf: Any) -> Any:
+    if noise not in ("flat", "leaf"):
+        raise ValueError(f"noise must be 'flat' or 'leaf', got {noise!r}")
+    return flat if noise == "flat" else leaf
 
 
 def _sgld(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
-    def init(position: Position, rng_key: Key[Array, ""] | None = None) -> Position:
-        return position
+    blackjax = import_blackjax()
+    kernel = blackjax.sgld.build_kernel()
 
+    def step(key: Key[Array, ""], position: Position, minibatch: Any) -> Position:
+        return kernel(key, position, posterior.grad_estimator, minibatch, step_size / 2)
+
+    return SamplingAlgorithm(_at_position, step)
+
+
+def _sgld_by_leaf(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
     def step(key: Key[Array, ""], position: Position, minibatch: Any) -> Position:
         drift = posterior.grad_estimator(position, minibatch)
 
         def move(w: Array, force: Array, xi: Array) -> Array:
             return w + step_size / 2 * force + jnp.sqrt(step_size) * xi
 
-        return jax.tree.map(move, position, drift, gaussian_noise(key, position))
+        return jax.tree.map(move, position, drift, noise_by_leaf(key, position))
 
-    return SamplingAlgorithm(init, step)
+    return SamplingAlgorithm(_at_position, step)
 
 
-def gaussian_noise(key: Key[Array, ""], position: Position) -> Position:
+def _at_position(position: Position, rng_key: Key[Array, ""] | None = None) -> Position:
+    return position
+
+
+def noise_by_leaf(key: Key[Array, ""], position: Position) -> Position:
     """ξ ~ N(0, 1), drawn leaf by leaf: a leaf that is sharded gets its noise where it lies."""
     leaves, treedef = jax.tree.flatten(position)
     noise = [
@@ -67,6 +199,11 @@ def gaussian_noise(key: Key[Array, ""], position: Position) -> Position:
         for i, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(treedef, noise)
+
+
+def noise_flat(key: Key[Array, ""], position: Position) -> Position:
+    """ξ ~ N(0, 1) as blackjax draws it, one vector for the whole position: one small program."""
+    return import_blackjax().util.generate_gaussian_noise(key, position)
 
 
 class RmspropState(NamedTuple):
@@ -84,7 +221,8 @@ def rmsprop_sgld(
     stability: float = 0.1,
     initial_square: float = 1.0,
     bias_correction: bool = True,
-) -> Partial:
+    noise: Noise = "flat",
+) -> Sampler:
     """SGLD with an RMSprop preconditioner, ε_t = ε / (√v̂_t + e).
 
     v_t = a v_{t−1} + (1−a) g_t² of the loss gradient g_t = ∇L_B(w_t) (nβ not in it),
@@ -98,6 +236,7 @@ def rmsprop_sgld(
         initial_square: v_{−1} ≥ 0. Published: 1 with bias correction; the torch package
             devinterp 2.0.1: 0 without.
         bias_correction: whether v̂_t = v_t / (1 − a^{t+1}), or v_t itself.
+        noise: as in `sgld`.
 
     Returns:
         A sampler.
@@ -111,31 +250,45 @@ def rmsprop_sgld(
     check_number("initial_square", initial_square, minimum=0.0)
     if decay >= 1:
         raise ValueError(f"decay must be below 1, got {decay:g}")
-    return Partial(
-        _rmsprop_corrected if bias_correction else _rmsprop_uncorrected,
-        step_size=step_size,
-        decay=decay,
-        stability=stability,
-        initial_square=initial_square,
+    draw = _noise_of(noise, noise_flat, noise_by_leaf)
+    return Sampler(
+        Partial(
+            _rmsprop,
+            _Rmsprop(draw, bias_correction),
+            step_size=step_size,
+            decay=decay,
+            stability=stability,
+            initial_square=initial_square,
+        ),
+        gradients_per_step=1,
+        relaxation_steps=_preconditioned,
+        name="rmsprop_sgld",
     )
 
 
-def _rmsprop_corrected(posterior: Target, **settings: Any) -> SamplingAlgorithm:
-    return _rmsprop(posterior, bias_correction=True, **settings)
+def _preconditioned(posterior: Posterior, settings: dict[str, Any]) -> float:
+    """2 / (εγ) with the effective step ε / 2e, where gradients are of the size of `stability`."""
+    step = float(settings["step_size"]) / (2 * float(settings["stability"]))
+    return 2 / (step * float(posterior.localization))
 
 
-def _rmsprop_uncorrected(posterior: Target, **settings: Any) -> SamplingAlgorithm:
-    return _rmsprop(posterior, bias_correction=False, **settings)
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Rmsprop:
+    """What of RMSprop-SGLD is no number."""
+
+    noise: Callable[[Key[Array, ""], Position], Position]
+    bias_correction: bool
 
 
 def _rmsprop(
+    kind: _Rmsprop,
     posterior: Target,
     *,
     step_size: Any,
     decay: Any,
     stability: Any,
     initial_square: Any,
-    bias_correction: bool,
 ) -> SamplingAlgorithm:
     centre = posterior.centre
 
@@ -147,33 +300,39 @@ def _rmsprop(
         position, square, num_steps = state
         gradient = posterior.loss_gradient(position, minibatch)
         square = jax.tree.map(lambda v, g: decay * v + (1 - decay) * g**2, square, gradient)
-        correction = 1 - decay ** (num_steps + 1.0) if bias_correction else 1.0
+        correction = 1 - decay ** (num_steps + 1.0) if kind.bias_correction else 1.0
 
         def move(w: Array, g: Array, v: Array, w0: Array, xi: Array) -> Array:
-            step = step_size / (jnp.sqrt(v / correction) + stability)
+            step = step_size / (_root(v / correction) + stability)
             drift = posterior.nbeta * g + posterior.localization * (w - w0)
             return w - step / 2 * drift + jnp.sqrt(step) * xi
 
-        noise = gaussian_noise(key, position)
+        noise = kind.noise(key, position)
         position = jax.tree.map(move, position, gradient, square, centre, noise)
         return RmspropState(position, square, num_steps + 1)
 
     return SamplingAlgorithm(init, step)
 
 
+def _root(v: Array) -> Array:
+    """√v, with derivative 0 at 0: a weight that never had a gradient has none of its step."""
+    positive = v > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
+
+
 def sgnht(
     *, step_size: float | Float[Array, ""], friction: float | Float[Array, ""] = 1.0
-) -> Partial:
+) -> Sampler:
     """Stochastic gradient Nosé-Hoover thermostat: momentum with a friction that adapts.
 
-    With h = √(ε/2), so that the gradient moves the weights by (ε/2) ∇log p as in SGLD:
+    With h = √(ε/2), so that the gradient moves the parameters by (ε/2) ∇log p as in SGLD:
     w ← w + h p,  p ← (1 − ξh) p + h ∇log p + √(2αh) η,  ξ ← ξ + h (p·p/d − 1).
     The thermostat absorbs mini-batch noise that is the same in all directions. These are explicit
     Euler steps: a direction of precision P is sampled at a temperature of about
     1 + h (P − P̄)/α − αh/2, with P̄ the mean precision, so it needs hP ≪ α ≪ 1/h; `sweep` shows it.
 
     Args:
-        step_size: ε > 0, in squared units of the weights.
+        step_size: ε > 0, in squared units of the parameters.
         friction: α > 0, per unit of the time h.
 
     Returns:
@@ -184,49 +343,43 @@ def sgnht(
     """
     check_number("step_size", step_size, minimum=0.0, exclusive=True)
     check_number("friction", friction, minimum=0.0, exclusive=True)
-    return Partial(_sgnht, step_size=step_size, friction=friction)
+    return Sampler(
+        Partial(_sgnht, step_size=step_size, friction=friction),
+        gradients_per_step=1,
+        relaxation_steps=_underdamped,
+        name="sgnht",
+    )
 
 
-class SgnhtState(NamedTuple):
-    """Position, momentum p, and thermostat ξ."""
-
-    position: Position
-    momentum: Position
-    thermostat: Float[Array, ""]
+def _underdamped(posterior: Posterior, settings: dict[str, Any]) -> float:
+    """The slower of momentum and position, in steps h = √(ε/2)."""
+    friction = float(settings["friction"])
+    time = max(2 / friction, friction / float(posterior.localization))
+    return time / float(np.sqrt(float(settings["step_size"]) / 2))
 
 
 def _sgnht(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
-    def init(position: Position, rng_key: Key[Array, ""]) -> SgnhtState:
-        momentum = gaussian_noise(rng_key, position)
-        return SgnhtState(position, momentum, jnp.asarray(friction, float))
+    blackjax = import_blackjax()
+    kernel = blackjax.sgnht.build_kernel(alpha=friction)
 
-    def step(key: Key[Array, ""], state: SgnhtState, minibatch: Any) -> SgnhtState:
+    def init(position: Position, rng_key: Key[Array, ""]) -> Any:
+        return blackjax.sgnht.init(position, rng_key, jnp.asarray(friction, float))
+
+    def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
         h = jnp.sqrt(step_size / 2)
-        keep, scale = 1 - state.thermostat * h, jnp.sqrt(2 * friction * h)
-        force = posterior.grad_estimator(state.position, minibatch)
-        position = jax.tree.map(lambda w, p: w + h * p, state.position, state.momentum)
-        momentum = jax.tree.map(
-            lambda p, g, eta: keep * p + h * g + scale * eta,
-            state.momentum,
-            force,
-            gaussian_noise(key, state.momentum),
-        )
-        squares = [jnp.sum(p**2) for p in jax.tree.leaves(momentum)]
-        dimension = sum(p.size for p in jax.tree.leaves(momentum))
-        thermostat = state.thermostat + h * (sum(squares) / dimension - 1)
-        return SgnhtState(position, momentum, thermostat)
+        return kernel(key, state, posterior.grad_estimator, minibatch, h)
 
     return SamplingAlgorithm(init, step)
 
 
-def mala(*, step_size: float | Float[Array, ""]) -> Partial:
+def mala(*, step_size: float | Float[Array, ""]) -> Sampler:
     """Metropolis-adjusted Langevin algorithm on all the data: exact, as a check of the others.
 
     Proposes w + (ε/2) ∇log p + √ε ξ and accepts it by Metropolis-Hastings, so that its
     stationary law has no step bias and no mini-batch temperature.
 
     Args:
-        step_size: ε > 0, in squared units of the weights.
+        step_size: ε > 0, in squared units of the parameters.
 
     Returns:
         A sampler.
@@ -235,33 +388,8 @@ def mala(*, step_size: float | Float[Array, ""]) -> Partial:
         Roberts & Tweedie 1996.
     """
     check_number("step_size", step_size, minimum=0.0, exclusive=True)
-    return Partial(_mala, step_size=step_size)
+    return Sampler(Partial(_mala, step_size=step_size), needs_minibatch=False, name="mala")
 
 
 def _mala(posterior: Posterior, *, step_size: Any) -> SamplingAlgorithm:
     return SamplingAlgorithm(*import_blackjax().mala(posterior.logdensity, step_size / 2))
-
-
-def relaxation_steps(sampler: Any, posterior: Posterior) -> float | None:
-    """Steps in which a chain forgets a flat direction (one of precision γ) by a factor e.
-
-    2/(εγ) for SGLD; for RMSprop-SGLD the same with its effective step where gradients are of the
-    size of `stability`; for SGNHT the slower of momentum and position, in steps h = √(ε/2).
-    None where it is not known: another sampler, γ = 0, or settings that are being traced.
-    """
-    function, settings = getattr(sampler, "func", None), getattr(sampler, "keywords", {})
-    if not all(map(is_concrete, (posterior.localization, *settings.values()))):
-        return None
-    localization = float(posterior.localization)
-    if localization == 0:
-        return None
-    if function is _sgld:
-        return 2 / (float(settings["step_size"]) * localization)
-    if function in (_rmsprop_corrected, _rmsprop_uncorrected):
-        step = float(settings["step_size"]) / (2 * float(settings["stability"]))
-        return 2 / (step * localization)
-    if function is _sgnht:
-        friction = float(settings["friction"])
-        time = max(2 / friction, friction / localization)
-        return time / float(jnp.sqrt(settings["step_size"] / 2))
-    return None

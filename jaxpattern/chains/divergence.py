@@ -1,0 +1,62 @@
+"""The divergence rule: a chain that turns non-finite is frozen, left out, counted and named."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, PyTree
+
+from jaxpattern.losses import losses_in_chunks
+from jaxpattern.posterior import Posterior
+from jaxpattern.validation import is_concrete
+
+
+class DivergenceWarning(UserWarning):
+    """Some chains turned non-finite and were left out."""
+
+
+class DivergenceError(FloatingPointError):
+    """All chains of a component turned non-finite."""
+
+
+def all_finite(tree: PyTree[Any]) -> Bool[Array, ""]:
+    """Whether every number of a pytree is finite; what holds none is."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if leaf.size]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+
+
+def check_alive(
+    alive: Bool[Array | np.ndarray, "components chains"], names: tuple[str, ...], posterior: Posterior
+) -> None:
+    """The divergence rule: warn and name lost chains, raise where a component lost all."""
+    if not is_concrete(alive) or bool(np.asarray(alive).all()):
+        return
+    alive = np.asarray(alive)
+    lost = {
+        name: np.flatnonzero(~row).tolist()
+        for name, row in zip(names, alive, strict=True)
+        if not row.all()
+    }
+    where = "; ".join(
+        f"{name}: chains {chains}" if name else f"chains {chains}" for name, chains in lost.items()
+    )
+    if bool(alive.any(axis=1).all()):
+        warnings.warn(
+            f"chains turned non-finite and are left out of every estimate ({where}); "
+            "a smaller step_size, a larger localization or a smaller nbeta keeps them",
+            DivergenceWarning,
+            stacklevel=3,
+        )
+        return
+    losses = losses_in_chunks(posterior.loss_fn, posterior.params, posterior.data, 64)
+    bad = jnp.flatnonzero(~jnp.isfinite(losses).reshape(len(losses), -1).all(axis=1))
+    reason = (
+        f"the loss is not finite at w* for samples {[int(i) for i in bad[:5]]} of data"
+        if len(bad)
+        else "take a smaller step_size, a larger localization or a smaller nbeta"
+    )
+    raise DivergenceError(f"all chains turned non-finite ({where}): {reason}")

@@ -1,0 +1,84 @@
+"""What is computed: a run, as one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jaxtyping import Array, Key
+
+from jaxpattern.chains.kernel import as_sampler
+from jaxpattern.chains.plan import Plan
+from jaxpattern.posterior import Posterior
+from jaxpattern.samplers import Sampler
+from jaxpattern.types import Position
+from jaxpattern.validation import check_function, check_key, check_number
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Chains of a sampler on a posterior. A pytree, which passes through `jit` and `vmap`.
+
+    Where and how it is carried out (devices, folder, progress) is a `Host`, which never enters a
+    trace.
+
+    Attributes:
+        key: typed key.
+        posterior: what to sample.
+        sampler: how.
+        plan: lengths and numbers; static.
+    """
+
+    key: Key[Array, "..."]
+    posterior: Posterior
+    sampler: Sampler
+    plan: Plan = field(metadata={"static": True})
+
+    @property
+    def batch(self) -> int:
+        """Samples behind a gradient."""
+        return self.plan.batch_size or self.posterior.num_samples
+
+
+def make_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> Run:
+    """The run of a driver's first four arguments, checked before any sampling.
+
+    Raises:
+        TypeError, ValueError: one of them does not fit.
+    """
+    check_key(key)
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"posterior must come from localized_posterior, got {type(posterior).__name__}"
+        )
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    check_number("posterior.nbeta", posterior.nbeta, minimum=0.0, exclusive=True)
+    check_number("posterior.localization", posterior.localization, minimum=0.0)
+    wanted = "a function Posterior -> SamplingAlgorithm, such as jp.sgld(step_size=1e-3)"
+    check_function("sampler", sampler, wanted, num_arguments=1)
+    if plan.batch_size is not None and plan.batch_size > posterior.num_samples:
+        raise ValueError(
+            f"plan.batch_size must be at most the {posterior.num_samples} samples of data, "
+            f"got {plan.batch_size}"
+        )
+    sampler = as_sampler(sampler, posterior)
+    _check_state(key, posterior, sampler)
+    return Run(key, posterior, sampler, plan)
+
+
+def _check_state(key: Any, posterior: Posterior, sampler: Sampler) -> None:
+    """The sampler's state is the position, or holds it."""
+
+    def start(posterior: Posterior) -> tuple[Position, Position]:
+        state = sampler(posterior).init(posterior.centre, key)
+        return posterior.centre, getattr(state, "position", state)
+
+    centre, position = jax.eval_shape(start, posterior)
+    if jax.tree.structure(centre) != jax.tree.structure(position):  # type: ignore[operator]
+        raise TypeError(
+            "the state of the sampler must be the position, or have it as `position`; "
+            f"wanted {jax.tree.structure(centre)}, got {jax.tree.structure(position)}"
+        )
