@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 
 def is_concrete(value: Any) -> bool:
@@ -89,6 +90,15 @@ def check_hashable(name: str, value: Any) -> None:
             f"{name} must be hashable, got an unhashable {type(value).__name__}: "
             "wrap it in a function, or register it as a pytree where it takes part as one"
         ) from None
+
+
+def as_pytree_function(function: Callable) -> Callable:
+    """A function as a pytree, so that it passes through `jit` as an argument."""
+    leaves = jax.tree.leaves(function)
+    if len(leaves) != 1 or leaves[0] is not function:
+        return function
+    check_hashable(getattr(function, "__name__", type(function).__name__), function)
+    return Partial(function)
 
 
 def check_names(name: str, given: Iterable[str], known: Collection[str]) -> None:
