@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from tqdm import tqdm
 
@@ -44,11 +43,16 @@ from jaxpattern.runtime.mesh import (
     put,
     resolve_mesh,
 )
+from jaxpattern.runtime.mesh import (
+    loop_bounds as loop_bounds,
+)
 from jaxpattern.types import Params, Position
+from jaxpattern.validation import (
+    as_pytree_function as as_pytree_function,
+)
 from jaxpattern.validation import (
     check_count,
     check_function,
-    check_hashable,
     check_key,
     check_number,
     is_concrete,
@@ -501,11 +505,6 @@ def run_chains(
     return fetch(finish(chains._replace(state=())), mesh)
 
 
-def loop_bounds(start: int, stop: int, mesh: Mesh | None) -> tuple[Array, Array]:
-    """The ends of a chunk as arrays, so that all chunks share a compiled program."""
-    return put((jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)), mesh)
-
-
 def burn_in(
     lanes: Lane,
     posterior: Posterior,
@@ -592,15 +591,6 @@ def check_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> None:
             "the state of the sampler must be the position, or have it as `position`; "
             f"wanted {jax.tree.structure(centre)}, got {jax.tree.structure(position)}"
         )
-
-
-def as_pytree_function(function: Callable) -> Callable:
-    """A function as a pytree, so that it passes through `jit` as an argument."""
-    leaves = jax.tree.leaves(function)
-    if len(leaves) != 1 or leaves[0] is not function:
-        return function
-    check_hashable(getattr(function, "__name__", type(function).__name__), function)
-    return Partial(function)
 
 
 def write_draw(

@@ -14,24 +14,24 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
-from tqdm import tqdm
 
 from jaxpattern.losses import check_finite_losses, check_loss, normalise_weights
 from jaxpattern.posterior import Minibatch
-from jaxpattern.runtime.checkpoint import Checkpoint, open_store
+from jaxpattern.runtime.checkpoint import Checkpoint
+from jaxpattern.runtime.host import host_for
 from jaxpattern.runtime.mesh import (
     axis_size,
     cut,
     fetch,
-    is_first_process,
+    loop_bounds,
     over_lanes,
     pad_lanes,
     put,
     resolve_mesh,
 )
-from jaxpattern.sampling import as_pytree_function, loop_bounds
 from jaxpattern.types import Batch, LossFn, Params
 from jaxpattern.validation import (
+    as_pytree_function,
     batch_length,
     check_count,
     check_params,
@@ -151,44 +151,43 @@ def train(
         )
     run = _Run(loss_fn, optimizer, num_steps, batch_size, weighting, record_every, mesh)
     metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})
-    concrete = all(map(is_concrete, jax.tree.leaves((key, params, weighted))))
-    with open_store(
-        checkpoint,
+    with host_for(
         "train",
+        checkpoint=checkpoint,
+        mesh=mesh,
+        progress=progress,
         key=key,
         params=params,
         data=data,
         weights=weighted.weights,
         metrics=metrics,
         **{name: value for name, value in run._asdict().items() if name != "mesh"},
-    ) as store:
-        stage = store.stage(
-            "training", num_steps, final=lambda state: state._replace(optimizer=()), lanes=seeds
-        )
+    ) as host:
         weighted, metrics = put((weighted, metrics), mesh)
         along = () if seeds is None else ("chain",)
         if seeds is not None:
             key, params = pad_lanes((key, params), mesh)
         key, params = put((key, params), mesh, *along)
-        done, state = stage.resume(partial(_start, run, params, metrics, seeds), mesh)
-        if not (progress or stage.saves) or not concrete:
-            state = _advance(run, state, key, weighted, metrics, None, (0, num_steps))
-        else:
-            progress = progress and is_first_process()
-            size = max(1, -(-num_steps // 50))
-            with tqdm(
-                total=num_steps, initial=done, desc="training", unit="step", leave=False,
-                disable=not progress,
-            ) as bar:  # fmt: skip
-                for start, stop in stage.chunks(done, num_steps, size):
-                    bounds = loop_bounds(start, stop, mesh)
-                    state = _advance(run, state, key, weighted, metrics, bounds)
-                    state = jax.block_until_ready(state)
-                    if progress and state.loss.is_fully_addressable:
-                        bar.set_postfix(loss=f"{float(jnp.mean(state.loss[..., start:stop])):.3f}")
-                    bar.update(stop - start)
-                    stage.save(stop, state)
-        state = state._replace(optimizer=())
+
+        def advance(state: _State, a: int, b: int) -> _State:
+            if host.chunked:
+                bounds = loop_bounds(a, b, mesh)
+                return _advance(run, state, key, weighted, metrics, bounds)
+            return _advance(run, state, key, weighted, metrics, None, (a, b))
+
+        def loss_of(state: _State, a: int, b: int) -> str:
+            seen = state.loss.is_fully_addressable
+            return f"loss={float(jnp.mean(state.loss[..., a:b])):.3f}" if seen else ""
+
+        state = host.loop(
+            "training",
+            num_steps,
+            partial(_start, run, params, metrics, seeds),
+            advance,
+            final=lambda state: state._replace(optimizer=()),
+            lanes=seeds,
+            note=loss_of,
+        )
         if seeds is not None:
             state = jax.tree.map(lambda leaf: leaf[:seeds], state)
         state = fetch(state, mesh)

@@ -92,7 +92,7 @@ def check_hashable(name: str, value: Any) -> None:
         ) from None
 
 
-def as_pytree_function(function: Callable[..., Any]) -> Callable[..., Any]:
+def as_pytree_function(function: Callable) -> Callable:
     """A function as a pytree, so that it passes through `jit` as an argument."""
     leaves = jax.tree.leaves(function)
     if len(leaves) != 1 or leaves[0] is not function:

@@ -30,7 +30,9 @@ def all_finite(tree: PyTree[Any]) -> Bool[Array, ""]:
 
 
 def check_alive(
-    alive: Bool[Array | np.ndarray, "components chains"], names: tuple[str, ...], posterior: Posterior
+    alive: Bool[Array | np.ndarray, "components chains"],
+    names: tuple[str, ...],
+    posterior: Posterior,
 ) -> None:
     """The divergence rule: warn and name lost chains, raise where a component lost all."""
     if not is_concrete(alive) or bool(np.asarray(alive).all()):

@@ -302,8 +302,8 @@ class Store:
 @contextmanager
 def open_store(
     checkpoint: str | os.PathLike[str] | Checkpoint | None, driver: str, **arguments: Any
-) -> Iterator[Store]:
-    """The store of one run, locked, with signals caught; without a folder one that saves nothing.
+) -> Iterator[Store | None]:
+    """The store of one run, locked, with signals caught; without a folder none.
 
     Args:
         checkpoint: a folder, a `Checkpoint`, or None.
@@ -316,7 +316,7 @@ def open_store(
         TypeError: an argument is traced by jit, vmap or grad.
     """
     if checkpoint is None:
-        yield Store()
+        yield None
         return
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)

@@ -142,6 +142,11 @@ def put_as(leaf: Any, sharding: Any) -> Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def loop_bounds(start: int, stop: int, mesh: Mesh | None) -> tuple[Array, Array]:
+    """The ends of a chunk as arrays, so that all chunks share a compiled program."""
+    return put((jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)), mesh)
+
+
 def put_rows(name: str, tree: T, mesh: Mesh | None) -> T:
     """A batch, cut along its samples over `data`.
 
