@@ -1,6 +1,8 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
 from jaxpattern._version import __version__ as __version__
+from jaxpattern.chains.divergence import DivergenceError, DivergenceWarning
+from jaxpattern.chains.plan import Plan
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (
     Intervention,
@@ -59,7 +61,7 @@ from jaxpattern.runtime.checkpoint import (
 from jaxpattern.runtime.mesh import is_first_process, mesh, shard_params
 from jaxpattern.runtime.processes import ProcessError, from_processes, start
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
-from jaxpattern.sampling import DivergenceError, DivergenceWarning, Plan, sample
+from jaxpattern.sampling import sample
 from jaxpattern.sweep import Sweep, sweep
 from jaxpattern.training import History, train
 

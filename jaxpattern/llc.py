@@ -20,22 +20,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from jaxpattern.diagnostics import summarize
+from jaxpattern.chains.divergence import check_alive
+from jaxpattern.chains.kernel import position_of
+from jaxpattern.chains.loop import Recorded, run_chains
+from jaxpattern.chains.plan import Plan
+from jaxpattern.chains.record import Trace
+from jaxpattern.chains.run import Run, make_run
+from jaxpattern.diagnostics import numbers_of, summarize
 from jaxpattern.posterior import Posterior
-from jaxpattern.runtime.checkpoint import Checkpoint, open_store
-from jaxpattern.runtime.mesh import resolve_mesh
-from jaxpattern.sampling import (
-    Plan,
-    as_pytree_function,
-    check_alive,
-    check_run,
-    position_of,
-    run_chains,
-    write_draw,
-)
+from jaxpattern.runtime.checkpoint import Checkpoint
+from jaxpattern.runtime.host import host_for
 
 
 class LocalLearningCoefficient(NamedTuple):
@@ -53,30 +51,17 @@ class LocalLearningCoefficient(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class PairedExcessLoss:
-    """Records L_B(w_t) − L_B(w*) on a fresh mini-batch, the same for both terms."""
-
-    def init(self, posterior: Posterior, plan: Plan) -> Float[Array, " draws"]:
-        return jnp.zeros(plan.num_draws, posterior.weights.dtype)
+class PairedExcessLoss(Trace):
+    """Keeps L_B(w_t) − L_B(w*) on a fresh mini-batch, the same for both terms."""
 
     def value(
-        self, posterior: Posterior, state: PyTree[Array], key: Key[Array, ""], plan: Plan
-    ) -> Float[Array, ""]:
-        position = position_of(state)
-        batch, weights = posterior.minibatch(key, plan.batch_size)
-        excess = posterior.losses(position, batch) - posterior.losses(posterior.centre, batch)
-        return jnp.sum(weights * excess) / weights.shape[0]
-
-    def update(
-        self,
-        accumulator: Float[Array, " draws"],
-        value: Float[Array, ""],
-        draw: Int[Array, ""],
-        alive: Bool[Array, ""],
-        plan: Plan,
-    ) -> Float[Array, " draws"]:
-        del plan
-        return write_draw(accumulator, value, draw=draw, alive=alive)
+        self, posterior: Posterior, state: PyTree[Any], key: Key[Array, ""], batch_size: int | None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """(the paired excess loss, nothing)."""
+        batch, weights = posterior.minibatch(key, batch_size)
+        excess = posterior.losses(position_of(state), batch)
+        excess = excess - posterior.losses(posterior.centre, batch)
+        return jnp.sum(weights * excess) / weights.shape[0], ()
 
 
 def llc(
@@ -119,28 +104,27 @@ def llc(
     References:
         Lau et al. 2023, arXiv 2308.12108; Wang et al. 2024, arXiv 2410.02984.
     """
-    check_run(key, posterior, sampler, plan)
-    mesh = resolve_mesh(mesh)
-    sampler = as_pytree_function(sampler)
-    with open_store(
-        checkpoint, "llc", key=key, posterior=posterior, sampler=sampler, plan=plan
-    ) as store:
-        chains = run_chains(
-            key, posterior, sampler, plan, PairedExcessLoss(),
-            label="LLC", progress=progress, store=store, mesh=mesh,
-        )  # fmt: skip
+    run = make_run(key, posterior, sampler, plan)
+    with host_for("llc", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run) as host:
+        chains = run_chains(run, PairedExcessLoss(), host, label="LLC")
     check_alive(chains.alive, ("",), posterior)
-    alive = chains.alive[0]
-    trace = posterior.nbeta * chains.accumulator[0]
+    return coefficient(run, chains)
+
+
+def coefficient(run: Run, chains: Recorded) -> LocalLearningCoefficient:
+    """λ̂ and its error from chains that kept `PairedExcessLoss`."""
+    plan = run.plan
+    alive, excess = numbers_of((chains.alive[0], chains.kept[0]))
+    trace = run.posterior.nbeta * excess
     summary = summarize(trace, num_batches=plan.batches, alive=alive)
-    batch = plan.batch_size or posterior.num_samples
+    xp = np if isinstance(trace, np.ndarray) else jnp
     return LocalLearningCoefficient(
         mean=summary.mean,
         stderr=summary.stderr,
-        per_chain=jnp.where(alive, jnp.mean(trace, axis=1), jnp.nan),
+        per_chain=jnp.asarray(xp.where(alive, xp.mean(trace, axis=1), xp.nan)),
         rhat=summary.rhat,
         ess=summary.ess,
-        trace=trace,
-        diverged=~alive,
-        cost=plan.num_chains * batch * (plan.num_steps + plan.num_draws * 2 / 3),
+        trace=jnp.asarray(trace),
+        diverged=jnp.asarray(~alive),
+        cost=plan.num_chains * run.batch * (plan.num_steps + plan.num_draws * 2 / 3),
     )

@@ -1,4 +1,4 @@
-"""Samplers: functions from a `Posterior` to a blackjax `SamplingAlgorithm`, which state their needs.
+"""Samplers: functions from a `Posterior` to a blackjax `SamplingAlgorithm`, and their needs.
 
 `sgld`, `sgnht` and `mala` run the kernels of blackjax; the RMSprop-preconditioned SGLD, which
 blackjax has not, is written here. Step sizes are ε in the field's convention,
@@ -47,7 +47,7 @@ class Sampler:
         name: what it is called.
     """
 
-    algorithm: Callable[[Target], SamplingAlgorithm]
+    algorithm: Callable[[Any], SamplingAlgorithm]
     needs_minibatch: bool = field(default=True, metadata={"static": True})
     gradients_per_step: int | None = field(default=None, metadata={"static": True})
     relaxation_steps: Callable[[Posterior, dict[str, Any]], float | None] | None = field(
@@ -78,7 +78,9 @@ class Sampler:
         return f"{self.name}({', '.join(inside)})"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sampler) or jax.tree.structure(self) != jax.tree.structure(other):
+        if not isinstance(other, Sampler):
+            return False
+        if jax.tree.structure(self) != jax.tree.structure(other):  # type: ignore[operator]
             return False
         pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
         return all(a is b or bool(np.array_equal(a, b)) for a, b in pairs)
@@ -108,7 +110,7 @@ def make_sampler(
         needs_minibatch=needs_minibatch,
         gradients_per_step=gradients_per_step,
         relaxation_steps=relaxation_steps,
-        name=name or getattr(inner, "__name__", type(inner).__name__),
+        name=name or str(getattr(inner, "__name__", type(inner).__name__)),
     )
 
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxpattern.chains.kernel import position_of
+from jaxpattern.chains.loop import run_chains
+from jaxpattern.chains.plan import Plan
+from jaxpattern.chains.record import Trace
+from jaxpattern.chains.run import make_run
 from jaxpattern.diagnostics import summarize
 from jaxpattern.llc import PairedExcessLoss
 from jaxpattern.posterior import Posterior
+from jaxpattern.runtime.host import Host
 from jaxpattern.samplers import sgld
-from jaxpattern.sampling import (
-    Plan,
-    as_pytree_function,
-    check_run,
-    position_of,
-    run_chains,
-    write_draw,
-)
 from jaxpattern.types import Params
-from jaxpattern.validation import check_number
+from jaxpattern.validation import as_pytree_function, check_number
 
 
 class Sweep(NamedTuple):
@@ -80,45 +77,33 @@ class _Reading(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class _Health:
-    """Records the paired excess loss, the user's check, and both sides of Stein's identity."""
+class _Health(Trace):
+    """Keeps the paired excess loss, the user's check, and both sides of Stein's identity."""
 
     loss: PairedExcessLoss
     check: Callable[[Params], Float[Array, ""]]
 
-    def init(self, posterior: Posterior, plan: Plan) -> _Reading:
-        return _Reading(*(self.loss.init(posterior, plan) for _ in _Reading._fields))
-
     def value(
-        self, posterior: Posterior, state: PyTree[Array], key: Key[Array, ""], plan: Plan
-    ) -> _Reading:
+        self, posterior: Posterior, state: PyTree[Any], key: Key[Array, ""], batch_size: int | None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """A reading, and nothing."""
         position = position_of(state)
         loss_key, left_key, right_key, trace_key = jax.random.split(key, 4)
-        excess = self.loss.value(posterior, state, loss_key, plan)
+        excess = self.loss.value(posterior, state, loss_key, batch_size)[0]
         # Independent mini-batches, so that the product of two gradients is unbiased.
-        left, right = (posterior.minibatch(k, plan.batch_size) for k in (left_key, right_key))
+        left, right = (posterior.minibatch(k, batch_size) for k in (left_key, right_key))
         force = posterior.grad_estimator(position, right)
         probe = optax.tree.random_like(trace_key, position, jax.random.rademacher)
         gradient, curvature = jax.jvp(
             lambda w: posterior.loss_gradient(w, left), (position,), (probe,)
         )
-        return _Reading(
+        reading = _Reading(
             excess=excess,
             check=jnp.asarray(self.check(posterior.embed(position)), excess.dtype),
             work=-optax.tree.vdot(gradient, force),
             laplacian=optax.tree.vdot(probe, curvature),
         )
-
-    def update(
-        self,
-        accumulator: _Reading,
-        value: _Reading,
-        draw: Int[Array, ""],
-        alive: Bool[Array, ""],
-        plan: Plan,
-    ) -> _Reading:
-        del plan
-        return jax.tree.map(partial(write_draw, draw=draw, alive=alive), accumulator, value)
+        return reading, ()
 
 
 def sweep(
@@ -170,7 +155,7 @@ def sweep(
             check_number(name, value, minimum=0.0, exclusive=exclusive)
     check_number("keep", keep, minimum=0.0)
     check_number("tolerance", tolerance, minimum=0.0, exclusive=True)
-    check_run(key, posterior, sampler(step_size=step_sizes[0]), plan)
+    make_run(key, posterior, sampler(step_size=step_sizes[0]), plan)
     grid = np.stack(
         [x.ravel() for x in np.meshgrid(step_sizes, nbetas, localizations, indexing="ij")]
     )
@@ -182,10 +167,9 @@ def sweep(
     @jax.vmap
     def run(step_size: Array, nbeta: Array, localization: Array) -> tuple[_Reading, Array]:
         setting = replace(posterior, nbeta=nbeta, localization=localization)
-        chains = run_chains(
-            key, setting, sampler(step_size=step_size), plan, recorder, progress=False
-        )
-        return jax.tree.map(lambda leaf: leaf[0], (chains.accumulator, chains.alive))
+        run = make_run(key, setting, sampler(step_size=step_size), plan)
+        chains = run_chains(run, recorder, Host())
+        return jax.tree.map(lambda leaf: leaf[0], (chains.kept, chains.alive))
 
     readings, alive = run(*jnp.asarray(grid, posterior.weights.dtype))
     readings = readings._replace(excess=readings.excess * jnp.expand_dims(grid[1], (1, 2)))

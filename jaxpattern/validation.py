@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -15,6 +16,15 @@ from jax.tree_util import Partial
 def is_concrete(value: Any) -> bool:
     """Whether the value can be looked at: false for what is traced by jit, vmap or grad."""
     return not isinstance(value, jax.core.Tracer)
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether what is computed from the values now is traced by jit, vmap or grad.
+
+    Within `jit` that is so even of constants, on which JAX stages every operation.
+    """
+    here = jax.device_put(np.int32(0))  # the one operation that compiles nothing
+    return not all(map(is_concrete, (here, *jax.tree.leaves(values))))
 
 
 def holds(predicate: Callable[..., Any], *values: Any) -> bool:
@@ -90,6 +100,14 @@ def check_hashable(name: str, value: Any) -> None:
             f"{name} must be hashable, got an unhashable {type(value).__name__}: "
             "wrap it in a function, or register it as a pytree where it takes part as one"
         ) from None
+
+
+def renamed(old: str, given: Any, new: str, value: Any) -> Any:
+    """The value of a setting that has a new name, also where the old one was used."""
+    if given is None:
+        return value
+    warnings.warn(f"{old}= is now called {new}=", DeprecationWarning, stacklevel=3)
+    return given
 
 
 def as_pytree_function(function: Callable) -> Callable:

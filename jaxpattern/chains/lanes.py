@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Integer, Key, PyTree
 
 from jaxpattern.chains.plan import Plan
 from jaxpattern.posterior import Posterior
 from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.mesh import over_lanes, pad_lanes, put
+from jaxpattern.validation import is_concrete
 
 
-class ComponentGroup(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class ComponentGroup:
     """Components whose restrictions have one shape and run as one vmapped program.
 
     Attributes:
@@ -29,8 +32,8 @@ class ComponentGroup(NamedTuple):
             posterior as it is.
     """
 
-    names: tuple[str, ...] = ("",)
-    ids: tuple[int, ...] = (0,)
+    names: tuple[str, ...] = field(default=("",), metadata={"static": True})
+    ids: tuple[int, ...] = field(default=(0,), metadata={"static": True})
     restrictions: Restriction | None = None
 
     @property
@@ -38,56 +41,38 @@ class ComponentGroup(NamedTuple):
         """The first and the last name, for a progress line."""
         return " … ".join(dict.fromkeys((self.names[0], self.names[-1])))
 
-    def component(self, posterior: Posterior, position: int) -> Posterior:
-        """The posterior of one of them."""
-        if self.restrictions is None:
-            return posterior
-        chosen = jax.tree.map(lambda leaf: leaf[position], self.restrictions)
-        return replace(posterior, restriction=chosen)
-
 
 class Lane(NamedTuple):
     """One chain of one component: what tells it from the others."""
 
-    key: Key[Array, "*lanes"]
-    mirror: Float[Array, "*lanes"] | None
+    component: Integer[Array | np.ndarray, "*lanes"]
+    chain: Integer[Array | np.ndarray, "*lanes"]
+    mirror: Float[Array | np.ndarray, "*lanes"] | None
     restriction: Restriction | None
 
+    def key(self, key: Key[Array, ""]) -> Key[Array, ""]:
+        """fold_in(fold_in(key, component), chain); twins share it."""
+        return jax.random.fold_in(jax.random.fold_in(key, self.component), self.chain)
 
-def make_lanes(
-    key: Key[Array, ""], group: ComponentGroup, plan: Plan, antithetic: bool, mesh: Mesh | None
-) -> Lane:
-    """All chains of a group in a row, on the mesh; twins share a key."""
-    ids = np.asarray(group.ids, np.uint32)
-    lanes = _lanes(key, ids, group.restrictions, plan.num_chains, antithetic)
+
+def make_lanes(group: ComponentGroup, plan: Plan, antithetic: bool, mesh: Mesh | None) -> Lane:
+    """All chains of a group in a row, on the mesh. NumPy makes them: nothing is compiled."""
+    chains = np.arange(plan.num_chains, dtype=np.uint32)
+    number = len(group.ids)
+    lanes = Lane(
+        component=np.repeat(np.asarray(group.ids, np.uint32), plan.num_chains),
+        chain=np.tile(chains // (2 if antithetic else 1), number),
+        mirror=np.tile(np.float32(1) - 2 * (chains % 2).astype(np.float32), number)
+        if antithetic
+        else None,
+        restriction=jax.tree.map(partial(_repeat, times=plan.num_chains), group.restrictions),
+    )
     return put(pad_lanes(lanes, mesh, plan.chains_at_once), mesh, "chain")
 
 
-@partial(jax.jit, static_argnames=("num_chains", "antithetic"))
-def _lanes(
-    key: Key[Array, ""],
-    ids: Array,
-    restrictions: Restriction | None,
-    num_chains: int,
-    antithetic: bool,
-) -> Lane:
-    keys = chain_keys(key, ids, num_chains, antithetic).reshape(-1)
-    mirror = (-1.0) ** jnp.arange(num_chains) if antithetic else None
-    return Lane(
-        key=keys,
-        mirror=None if mirror is None else jnp.tile(mirror, ids.shape[0]),
-        restriction=jax.tree.map(lambda leaf: jnp.repeat(leaf, num_chains, axis=0), restrictions),
-    )
-
-
-def chain_keys(
-    key: Key[Array, ""], component_ids: Any, num_chains: int, antithetic: bool = False
-) -> Key[Array, "components chains"]:
-    """fold_in(fold_in(key, component), chain); twins share a key."""
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    chains = jnp.arange(num_chains, dtype=jnp.uint32) // (2 if antithetic else 1)
-    components = fold(key, jnp.asarray(component_ids, jnp.uint32))
-    return jax.vmap(lambda component: fold(component, chains))(components)
+def _repeat(leaf: Any, times: int) -> Any:
+    xp = np if is_concrete(leaf) else jnp
+    return xp.repeat(xp.asarray(leaf), times, axis=0)
 
 
 def unpack(lanes: PyTree[Any], num_components: int, num_chains: int) -> PyTree[Any]:
@@ -100,6 +85,7 @@ def unpack(lanes: PyTree[Any], num_components: int, num_chains: int) -> PyTree[A
 
 def over_chains(
     function: Callable[..., Any],
+    key: Key[Array, ""],
     posterior: Posterior,
     shared: Any,
     lanes: Lane,
@@ -109,12 +95,12 @@ def over_chains(
     """`function(posterior of the lane, shared, key, *args)` over all lanes."""
 
     def one(shared: Any, lane: Lane, *args: Any) -> Any:
-        component, rest = shared
+        key, component, rest = shared
         if lane.mirror is not None:
             component = replace(component, mirror=lane.mirror)
         if lane.restriction is not None:
             component = replace(component, restriction=lane.restriction)
-        return function(component, rest, lane.key, *args)
+        return function(component, rest, lane.key(key), *args)
 
     mapped = over_lanes(one, mesh, at_once)
-    return lambda *args: mapped((posterior, shared), lanes, *args)
+    return lambda *args: mapped((key, posterior, shared), lanes, *args)

@@ -17,204 +17,266 @@ Sources: Baker et al. 2025, arXiv 2504.18274; Wang & Murfet 2026, arXiv 2601.135
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxpattern import moments
-from jaxpattern.diagnostics import batch_of
+from jaxpattern.chains.divergence import check_alive
+from jaxpattern.chains.kernel import position_of
+from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.loop import Recorded, run_chains
+from jaxpattern.chains.run import Run
 from jaxpattern.moments import Moments, outer
 from jaxpattern.posterior import Posterior
-from jaxpattern.response.assembly import Part, assemble, summarize_rows
-from jaxpattern.response.problem import ComponentGroup, Estimator, Problem, check_direct
+from jaxpattern.response.measure import (
+    Estimates,
+    Part,
+    by_component,
+    over_components,
+    part_of_chains,
+)
+from jaxpattern.response.problem import Problem, check_reweighted
 from jaxpattern.response.result import Response
-from jaxpattern.runtime.checkpoint import Store
-from jaxpattern.sampling import Chain, Plan, check_alive, position_of, run_chains, write_draw
+from jaxpattern.runtime.host import Host
+from jaxpattern.validation import renamed
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """χ_z = −Cov[φ, ℓ_z − L] over draws; made by `covariance`."""
+
+    form: Literal["centered", "hybrid"] = "centered"
+    reweight_observable: bool = False
+
+    def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
+        """The response matrix."""
+        self.check(problem)
+        full = None
+        if self.form == "hybrid":
+            full = self._over_all_weights(run, problem, host)
+
+        def measure(group: ComponentGroup) -> Part:
+            recorded = run_chains(
+                run, CoMoments(problem.core.on(host.mesh)), host, group,
+                label=f"χ {group.label}".strip(),
+            )  # fmt: skip
+            return self.part(run, problem, group, recorded, full)
+
+        components = problem.num_components + (full is not None)
+        cost = components * self.cost(run, problem)
+        return by_component(run, problem, measure, name=f"covariance ({self.form})", cost=cost)
+
+    def check(self, problem: Problem) -> None:
+        """Whether the form and the convention go with what is asked."""
+        if self.form == "hybrid" and problem.groups[0].restrictions is None:
+            raise ValueError("form='hybrid' compares components with all weights: give components")
+        if self.reweight_observable:
+            check_reweighted(problem)
+
+    def cost(self, run: Run, problem: Problem) -> float:
+        """Gradient equivalents of one component; a forward pass is a third of one."""
+        steps = run.plan.num_steps * run.batch
+        return run.plan.num_chains * (steps + run.plan.num_draws * problem.forward_passes / 3)
+
+    def part(
+        self,
+        run: Run,
+        problem: Problem,
+        group: ComponentGroup,
+        recorded: Recorded,
+        full: Recorded | None = None,
+    ) -> Part:
+        """χ of a group from chains that recorded `CoMoments`."""
+        alive, means = recorded.alive, None
+        if full is not None:
+            # Groups of draws of the component are paired with those of the full chains, which are
+            # independent of them: the spread of the pairs is that of both.
+            alive = alive & full.alive
+            means = full.added.mean_b
+        nbeta = run.posterior.nbeta if self.reweight_observable else None
+        estimates = _finish(recorded.added, alive, means, problem.offsets, nbeta)
+        return part_of_chains(
+            run, problem, group, estimates, alive, recorded.kept, num_batches=run.plan.batches
+        )
+
+    def _over_all_weights(self, run: Run, problem: Problem, host: Host) -> Recorded:
+        # Component ids count from 0; the chains over all weights come after the last of them.
+        everything = ComponentGroup(("all weights",), (problem.num_components,), None)
+        columns = replace(problem.core, observables=(), offsets=jax.device_put(np.zeros(0, "f")))
+        recorded = run_chains(
+            run, CoMoments(columns.on(host.mesh)), host, everything, label="χ all weights"
+        )
+        check_alive(recorded.alive, everything.names, run.posterior)
+        return recorded
 
 
 def covariance(
-    *, form: Literal["centred", "hybrid"] = "centred", direct: bool = False
-) -> Estimator:
+    *,
+    form: Literal["centered", "centred", "hybrid"] = "centered",
+    reweight_observable: bool = False,
+    direct: bool | None = None,
+) -> Covariance:
     """The covariance estimator of χ, as in the published work, with standard errors.
 
     Unbiased in the limit of long chains, with noise set by the full size of the fluctuations of φ
     and ℓ_z, however weakly they are related.
 
     Args:
-        form: `"centred"`: every moment from the component's own chains. `"hybrid"`: E[ℓ_z − L]
+        form: `"centered"`: every moment from the component's own chains. `"hybrid"`: E[ℓ_z − L]
             from chains over all weights, as devinterp computes it; needs `components`.
-        direct: also let the loss inside φ be re-weighted, which adds ⟨D_z⟩/nβ − D_z(w*)/nβ with
-            D_z = ℓ_z − L: the response of an LLC in its second convention, see `jaxpattern.llc`.
-            Rows must be excess losses, so no observables.
+        reweight_observable: also let the loss inside φ be re-weighted, which adds
+            ⟨D_z⟩/nβ − D_z(w*)/nβ with D_z = ℓ_z − L: the response of an LLC in its second
+            convention, see `llc`. Rows must be excess losses, so no observables.
+        direct: the old name of `reweight_observable`.
 
     Raises:
         ValueError: `form` is neither.
     """
-    if form not in ("centred", "hybrid"):
-        raise ValueError(f"form must be 'centred' or 'hybrid', got {form!r}")
-
-    def estimate(
-        key: Key[Array, ""],
-        posterior: Posterior,
-        sampler: Any,
-        plan: Plan,
-        problem: Problem,
-        groups: list[ComponentGroup],
-        rows: tuple[str, ...],
-        progress: bool,
-        store: Store | None = None,
-        mesh: Mesh | None = None,
-    ) -> Response:
-        if form == "hybrid" and groups[0].restrictions is None:
-            raise ValueError("form='hybrid' compares components with all weights: give components")
-        if direct:
-            check_direct(problem)
-        run = partial(
-            _run, key, posterior, sampler, plan, progress=progress, store=store,
-            mesh=mesh,
-        )  # fmt: skip
-        # Component ids count from 0; the chains over all weights come after the last of them.
-        everything = ComponentGroup(("all weights",), (sum(len(g.ids) for g in groups),), None)
-        full = None
-        if form == "hybrid":
-            full = run(replace(problem, observables=(), offsets=jnp.zeros(0)), everything)
-        parts: dict[int, Part] = {}
-        for group in groups:
-            chains = run(problem, group)
-            for position, index in enumerate(group.ids):
-                chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
-                parts[index] = _summarize_component(
-                    chain, full, problem, plan, posterior.nbeta if direct else None
-                )
-        steps = plan.num_steps * (plan.batch_size or posterior.num_samples)
-        passes = plan.num_draws * problem.forward_passes / 3
-        cost = plan.num_chains * (len(parts) + (full is not None)) * (steps + passes)
-        return assemble(parts, posterior, problem, rows, cost, f"covariance ({form})")
-
-    return estimate
+    form = "centered" if form == "centred" else form
+    if form not in ("centered", "hybrid"):
+        raise ValueError(f"form must be 'centered' or 'hybrid', got {form!r}")
+    return Covariance(form, renamed("direct", direct, "reweight_observable", reweight_observable))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class _CoMoments:
-    """Records co-moments of φ with D, a batch of draws at a time, and the trace of φ."""
+class CoMoments:
+    """Adds up co-moments of φ with D, and keeps φ."""
 
     problem: Problem
 
-    def init(self, posterior: Posterior, plan: Plan) -> tuple[Moments, Array]:
-        zero = self.problem.offsets
-        empty = moments.init(zero, jax.tree.map(jnp.zeros_like, self.problem.probe_baseline))
-        batched = jax.tree.map(lambda x: jnp.zeros((plan.batches, *x.shape), x.dtype), empty)
-        return batched, jnp.zeros((plan.num_draws, *zero.shape), zero.dtype)
+    def init(self, posterior: Posterior) -> PyTree[Array]:
+        """No draws yet."""
+        zero = jax.tree.map(jnp.zeros_like, (self.problem.offsets, self.problem.probe_baseline))
+        return moments.init(*zero)
 
     def value(
-        self, posterior: Posterior, state: PyTree[Array], key: Key[Array, ""], plan: Plan
-    ) -> tuple[Float[Array, " rows"], dict[str, Float[Array, "..."]]]:
-        del key, plan
+        self, posterior: Posterior, state: PyTree[Any], key: Key[Array, ""], batch_size: int | None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """φ − φ(w*), and it with D − D(w*) of every column."""
+        del key, batch_size
         position = position_of(state)
         excess, columns = self.problem.columns(posterior, position)
-        return self.problem.rows(posterior, position, excess), columns
+        phi = self.problem.phi(posterior, position, excess)
+        return phi, (phi, columns)
 
-    def update(
-        self,
-        accumulator: tuple[Moments, Array],
-        value: tuple[Float[Array, " rows"], dict[str, Float[Array, "..."]]],
-        draw: Int[Array, ""],
-        alive: Bool[Array, ""],
-        plan: Plan,
-    ) -> tuple[Moments, Array]:
-        batched, trace = accumulator
-        batch = batch_of(draw, plan.num_draws, plan.batches)
-        current = jax.tree.map(lambda x: x[batch], batched)
-        updated = moments.update(current, *value, weight=alive.astype(trace.dtype))
-        batched = jax.tree.map(lambda x, new: x.at[batch].set(new), batched, updated)
-        return batched, write_draw(trace, value[0], draw=draw, alive=alive)
-
-
-def _run(
-    key: Key[Array, ""],
-    posterior: Posterior,
-    sampler: Any,
-    plan: Plan,
-    problem: Problem,
-    group: ComponentGroup,
-    *,
-    progress: bool,
-    store: Store | None,
-    mesh: Mesh | None,
-) -> Chain:
-    chains = run_chains(
-        key,
-        posterior,
-        sampler,
-        plan,
-        _CoMoments(problem.on(mesh)),
-        restrictions=group.restrictions,
-        component_ids=group.ids,
-        label=f"χ {group.label}".strip(),
-        progress=progress,
-        store=store,
-        mesh=mesh,
-    )
-    check_alive(chains.alive, group.names, posterior)
-    return chains
-
-
-def _summarize_component(
-    chain: Chain, full: Chain | None, problem: Problem, plan: Plan, direct: Array | float | None
-) -> Part:
-    """χ of one component from the batches of its chains."""
-    alive = chain.alive
-    pooled, trace = chain.accumulator
-    means = None
-    if full is not None:
-        # Batches of the component are paired with batches of the full chains, which are
-        # independent of them: the spread of the pairs is that of both.
-        alive = alive & full.alive[0]
-        means = full.accumulator[0].mean_b
-        means = jax.tree.map(lambda x: x[0].reshape(-1, *x.shape[3:]), means)
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pooled)
-    weight = jnp.repeat(alive, plan.batches)
-    chi, stderr, halves, batches = _estimate(flat, weight, problem.offsets, means, direct)
-    summary = summarize_rows(trace, alive, problem, plan.batches)
-    return Part(chi, stderr, halves, batches, summary, ~alive, {})
+    def update(self, accumulator: PyTree[Array], added: PyTree[Array]) -> PyTree[Array]:
+        """One more draw."""
+        return moments.update(accumulator, *added)
 
 
 @jax.jit
+def _finish(
+    added: Moments,
+    alive: Bool[Array, "components chains"],
+    full: dict[str, Array] | None,
+    offsets: Float[Array, " rows"],
+    nbeta: Any,
+) -> Estimates:
+    """χ of every component from the groups of draws of its chains."""
+
+    def one(added: Moments, alive: Array) -> Estimates:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), added)
+        weight = jnp.repeat(alive, added.weight.shape[1])
+        means = jax.tree.map(lambda x: x[0].reshape(-1, *x.shape[3:]), full)
+        return _estimate(flat, weight, offsets, means, nbeta)
+
+    return over_components(one, added, alive)
+
+
+class _Groups(NamedTuple):
+    """Co-moments of one probe set by group of draws, and what goes with them.
+
+    `direct` is the factor of ⟨D⟩ where the observable is re-weighted too, `full` the means of D
+    over all weights for the hybrid form.
+    """
+
+    size: Float[Array, " groups"]
+    mean_a: Float[Array, "groups rows"]
+    mean_b: Float[Array, "groups ..."]
+    comoment: Float[Array, "groups rows ..."]
+    offsets: Float[Array, " rows"]
+    full: Float[Array, "groups ..."] | None
+    direct: Any
+
+    def centers(self, share: Array) -> _Centers:
+        """ā, b̄, and the mean of D that φ is paired with."""
+        b = _weighted(share, self.mean_b)
+        full = b if self.full is None else _weighted(share, self.full)
+        return _Centers(_weighted(share, self.mean_a), b, full)
+
+    def value(self, g: Array, center: _Centers) -> Array:
+        """x_g = −[C_g/n_g + (a_g − ā)(b_g − b̄)], for the centered or the hybrid form."""
+        x = outer(self.mean_a[g] - center.a, self.mean_b[g] - center.b)
+        x = x + self.comoment[g] / jnp.maximum(self.size[g], 1.0)
+        if self.full is not None:
+            # Linearized: (a_g − ā)(b̄ − F) + ā (b_g − b̄) − ā (F_g − F) about ā (b̄ − F), φ with its
+            # offset.
+            phi = center.a + self.offsets
+            x = x + outer(self.mean_a[g] + self.offsets, center.b - center.full)
+            x = x + outer(phi, self.mean_b[g] - center.b - (self.full[g] - center.full))
+        x = self.direct * self.mean_b[g][None] - x
+        return jnp.where(self.size[g] > 0, x, 0.0)
+
+    def mean(self, share: Array, center: _Centers) -> Array:
+        """Σ_g share_g x_g without holding all x_g."""
+
+        def add(total: Array, g: Array) -> tuple[Array, None]:
+            return total + share[g] * self.value(g, center), None
+
+        zero = jnp.zeros_like(self.comoment[0])
+        return jax.lax.scan(add, zero, jnp.arange(share.shape[0]))[0]
+
+
+class _Centers(NamedTuple):
+    """ā, b̄ and the mean of D that φ is paired with: b̄ itself, or that over all weights."""
+
+    a: Array
+    b: Array
+    full: Array
+
+
+def _weighted(share: Array, values: Array) -> Array:
+    """Σ_g share_g values_g; groups of share 0 may hold anything."""
+    share = share.reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.sum(jnp.where(share > 0, share * values, 0.0), axis=0)
+
+
 def _estimate(
     pooled: Moments,
-    alive: Bool[Array, " batches"],
+    alive: Bool[Array, " groups"],
     offsets: Float[Array, " rows"],
     full_means: dict[str, Array] | None,
-    nbeta: Float[Array, ""] | float | None,
-) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """χ, its standard error, χ of two halves, and the batches' estimates of the set means."""
+    nbeta: Any,
+) -> Estimates:
+    """χ̂ = Σ_g n_g x_g / (n − 1), its standard error, two halves, and the groups' set means."""
     count = pooled.weight * alive
     number = jnp.sum(alive)
-    # Halves have equal numbers of the batches that are alive; chains do not straddle them
+    # Halves have equal numbers of the groups that are alive; chains do not straddle them
     # unless their number is odd.
     first = (jnp.cumsum(alive) <= number / 2) & alive
     second = ~first & alive
 
     def columns(name: str) -> tuple[Array, Array, Array, Array]:
-        mean_b, comoment = pooled.mean_b[name], pooled.comoment[name]
         full = None if full_means is None else full_means[name]
         # One factor turns the mean over draws into the unbiased n − 1 form of independent draws.
         total = jnp.sum(count)
         bessel = total / (total - 1) if full is None else jnp.ones_like(total)
         direct = 0.0 if nbeta is None else 1 / (bessel * nbeta)
-        args = (count, pooled.mean_a, mean_b, comoment, offsets, full, direct)
+        groups = _Groups(
+            count, pooled.mean_a, pooled.mean_b[name], pooled.comoment[name], offsets, full, direct
+        )
         share = count / jnp.sum(count)
-        centre = _centres(share, *args)
-        chi = _mean(share, centre, *args)
+        center = groups.centers(share)
+        chi = groups.mean(share, center)
         column_axes = tuple(range(1, chi.ndim))
 
         def spread(total: Array, g: Array) -> tuple[Array, Array]:
-            x = _batch_value(g, centre, *args)
+            x = groups.value(g, center)
             mean = jnp.where(share[g] > 0, jnp.mean(x, axis=column_axes), jnp.nan)
             return total + (share[g] * (x - chi)) ** 2, mean
 
@@ -223,53 +285,9 @@ def _estimate(
         halves = []
         for half in (first, second):
             half_share = count * half / jnp.sum(count * half)
-            halves.append(_mean(half_share, _centres(half_share, *args), *args))
+            halves.append(groups.mean(half_share, groups.centers(half_share)))
         return bessel * chi, bessel * stderr, bessel * jnp.stack(halves), bessel * batches
 
     results = {name: columns(name) for name in pooled.comoment}
-    chi, stderr, halves, batches = (
-        {name: result[i] for name, result in results.items()} for i in range(4)
-    )
-    return chi, stderr, halves, batches
-
-
-class _Centres(NamedTuple):
-    """ā, b̄ and the mean of D that φ is paired with: b̄ itself, or that over all weights."""
-
-    a: Array
-    b: Array
-    full: Array
-
-
-def _centres(share, count, mean_a, mean_b, comoment, offsets, full, direct):  # type: ignore[no-untyped-def]
-    b = _weighted(share, mean_b)
-    return _Centres(_weighted(share, mean_a), b, b if full is None else _weighted(share, full))
-
-
-def _weighted(share: Array, values: Array) -> Array:
-    """Σ_g share_g values_g; batches of share 0 may hold anything."""
-    share = share.reshape(-1, *(1,) * (values.ndim - 1))
-    return jnp.sum(jnp.where(share > 0, share * values, 0.0), axis=0)
-
-
-def _batch_value(g, centre, count, mean_a, mean_b, comoment, offsets, full, direct):  # type: ignore[no-untyped-def]
-    """x_g, for the centred or the hybrid form."""
-    x = outer(mean_a[g] - centre.a, mean_b[g] - centre.b)
-    x = x + comoment[g] / jnp.maximum(count[g], 1.0)
-    if full is not None:
-        # Linearised: (a_g − ā)(b̄ − F) + ā (b_g − b̄) − ā (F_g − F) about ā (b̄ − F), φ with offset.
-        phi = centre.a + offsets
-        x = x + outer(mean_a[g] + offsets, centre.b - centre.full)
-        x = x + outer(phi, mean_b[g] - centre.b - (full[g] - centre.full))
-    x = direct * mean_b[g][None] - x
-    return jnp.where(count[g] > 0, x, 0.0)
-
-
-def _mean(share, centre, *args):  # type: ignore[no-untyped-def]
-    """Σ_g share_g x_g without holding all x_g."""
-
-    def add(total: Array, g: Array) -> tuple[Array, None]:
-        return total + share[g] * _batch_value(g, centre, *args), None
-
-    zero = jnp.zeros_like(args[3][0])
-    return jax.lax.scan(add, zero, jnp.arange(share.shape[0]))[0]
+    chi, stderr, halves, batches = ({n: r[i] for n, r in results.items()} for i in range(4))
+    return Estimates(chi, stderr, halves, batches, {})

@@ -15,30 +15,54 @@ Sources: Koh & Liang 2017 (influence functions); arXiv 2509.26544 (their Bayesia
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.run import Run
 from jaxpattern.diagnostics import Summary
 from jaxpattern.posterior import Minibatch, Posterior
-from jaxpattern.response.assembly import Part, assemble
-from jaxpattern.response.problem import ComponentGroup, Estimator, Problem
+from jaxpattern.response.measure import Estimates, Part, by_component, over_components
+from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response
-from jaxpattern.runtime.checkpoint import Store
-from jaxpattern.sampling import Plan
+from jaxpattern.restriction import Restriction
+from jaxpattern.runtime.host import Host
 from jaxpattern.types import Position
 from jaxpattern.validation import check_count, check_number
 
 
-def laplace(
-    *, num_signs: int = 32, tolerance: float = 1e-4, max_iterations: int = 100
-) -> Estimator:
+@dataclass(frozen=True)
+class Laplace:
+    """χ without sampling, at w*; made by `laplace`, which says what the settings mean."""
+
+    num_signs: int = 32
+    tolerance: float = 1e-4
+    max_iterations: int = 100
+
+    def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
+        """The response matrix."""
+        del host
+
+        def measure(group: ComponentGroup) -> Part:
+            estimates = _components(self, run, problem.core, group)
+            nan = jax.device_put(np.full(len(group.ids) * problem.num_rows, np.nan, "f"))
+            mean = np.tile(np.asarray(problem.offsets), len(group.ids))
+            summary = Summary(mean=jax.device_put(mean), stderr=nan, rhat=nan, ess=nan)
+            return Part(estimates, summary, np.zeros((nan.size, 0), bool))
+
+        solves = problem.num_components * problem.num_rows * (1 + 2 * self.num_signs)
+        # An upper bound: solves stop sooner where they converge.
+        cost = 3.0 * solves * self.max_iterations * run.posterior.num_samples
+        return by_component(run, problem, measure, name="laplace", cost=cost)
+
+
+def laplace(*, num_signs: int = 32, tolerance: float = 1e-4, max_iterations: int = 100) -> Laplace:
     """χ_z = −∇φᵀ Σ ∇D_z − ½ tr(∇²φ Σ ∇²D_z Σ) at w*, with Σ = (nβ H + γ)⁻¹.
 
     The sampler is not used, and of the plan only `chunk`. `stderr` is that of the trace alone: the
@@ -58,51 +82,36 @@ def laplace(
     check_count("max_iterations", max_iterations, minimum=1)
     check_number("tolerance", tolerance, minimum=0.0, exclusive=True)
 
-    def estimate(
-        key: Key[Array, ""],
-        posterior: Posterior,
-        sampler: Any,
-        plan: Plan,
-        problem: Problem,
-        groups: list[ComponentGroup],
-        rows: tuple[str, ...],
-        progress: bool,
-        store: Store | None = None,
-        mesh: Mesh | None = None,
-    ) -> Response:
-        del sampler, progress, store, mesh
-        parts: dict[int, Part] = {}
-        for group in groups:
-            for position, index in enumerate(group.ids):
-                component = posterior
-                if group.restrictions is not None:
-                    restriction = jax.tree.map(lambda leaf, p=position: leaf[p], group.restrictions)
-                    component = replace(posterior, restriction=restriction)
-                signs_key = jax.random.fold_in(key, index)
-                chi, residual = _laplace(
-                    component, problem, signs_key, num_signs, tolerance, max_iterations, plan.chunk
-                )
-                parts[index] = _part(chi, residual, problem)
-        solves = len(parts) * problem.num_rows * (1 + 2 * num_signs)
-        # An upper bound: solves stop sooner where they converge.
-        cost = 3.0 * solves * max_iterations * posterior.num_samples
-        return assemble(parts, posterior, problem, rows, cost, "laplace")
-
-    return estimate
+    return Laplace(num_signs, tolerance, max_iterations)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@partial(jax.jit, static_argnums=0)
+def _components(settings: Laplace, run: Run, problem: Problem, group: ComponentGroup) -> Estimates:
+    """χ of all components, one after the other."""
+
+    def one(component: tuple[Array, Restriction | None]) -> Estimates:
+        index, restriction = component
+        posterior = run.posterior
+        if restriction is not None:
+            posterior = replace(posterior, restriction=restriction)
+        signs_key = jax.random.fold_in(run.key, index)
+        chi, residual = _laplace(posterior, problem, signs_key, settings, run.plan.chunk)
+        return _mean(chi, residual)
+
+    ids = jnp.asarray(group.ids, jnp.uint32)
+    each = jax.lax.map(one, (ids, group.restrictions))
+    return over_components(lambda estimates: estimates, each)
+
+
 def _laplace(
     posterior: Posterior,
     problem: Problem,
     key: Key[Array, ""],
-    num_signs: int,
-    tolerance: float,
-    max_iterations: int,
+    settings: Laplace,
     chunk: int | None,
 ) -> tuple[dict[str, Array], Array]:
     """χ for each vector of signs, `[signs, K, ...]`, and the worst residual of each row."""
-    centre = posterior.centre
+    centre, num_signs = posterior.centre, settings.num_signs
 
     def precision(v: Position) -> Position:
         """(nβ H + γ) v."""
@@ -112,7 +121,9 @@ def _laplace(
         )
 
     def solve(v: Position) -> tuple[Position, Array]:
-        x, _ = jax.scipy.sparse.linalg.cg(precision, v, tol=tolerance, maxiter=max_iterations)
+        x, _ = jax.scipy.sparse.linalg.cg(
+            precision, v, tol=settings.tolerance, maxiter=settings.max_iterations
+        )
         left = optax.tree.norm(jax.tree.map(jnp.subtract, precision(x), v))
         return x, left / jnp.maximum(optax.tree.norm(v), 1e-30)
 
@@ -124,7 +135,7 @@ def _laplace(
 
     def row(k: Array) -> tuple[dict[str, Array], Array]:
         def phi(position: Position) -> Array:
-            return problem.rows_at(posterior, position)[k]
+            return problem.phi_at(posterior, position)[k]
 
         slope = jax.grad(phi)
         direction, residual = solve(slope(centre))
@@ -171,12 +182,11 @@ def _hessian_product(posterior: Posterior, v: Position, chunk: int | None) -> Po
     return jax.tree.map(lambda t, p: t + p * ((size - whole) / size), total, rest)
 
 
-def _part(chi: dict[str, Array], residual: Array, problem: Problem) -> Part:
+def _mean(chi: dict[str, Array], residual: Array) -> Estimates:
     """Mean over the sign vectors, and its error."""
     first = next(iter(chi.values()))
     count, half = first.shape[0], first.shape[0] // 2
-    nan = jnp.full(problem.num_rows, jnp.nan, problem.offsets.dtype)
-    return Part(
+    return Estimates(
         chi={name: x.mean(axis=0) for name, x in chi.items()},
         stderr={name: x.std(axis=0, ddof=1) / count**0.5 for name, x in chi.items()},
         halves={
@@ -184,7 +194,5 @@ def _part(chi: dict[str, Array], residual: Array, problem: Problem) -> Part:
             for name, x in chi.items()
         },
         batches={name: x.mean(axis=tuple(range(2, x.ndim))) for name, x in chi.items()},
-        summary=Summary(mean=problem.offsets, stderr=nan, rhat=nan, ess=nan),
-        diverged=jnp.zeros(0, bool),
         diagnostics={"residual": residual},
     )

@@ -48,8 +48,9 @@ behind each draw suffice. Draws are taken `thin` steps apart and *segments* of s
 one backward sweep (λ is linear: ∂φ/∂s is added as the sweep passes a draw). Memory is the states
 of one segment. What the steps furthest back still contribute is in `diagnostics["tail"]`.
 
-**Probes every p steps.** The sum over t is estimated from one step of each block of p, chosen at
-random and counted p times. That is unbiased for any p; λ is smooth, so it costs little variance.
+**Probes at some steps.** The sum over t is estimated from one step of each block of steps, chosen
+at random and counted as often as the block has steps. That is unbiased for any blocks; they are
+short right behind a draw, where λ changes fast, and longer with the distance (see `schedule`).
 
 **Growth.** Where nβ H + γ has negative directions the dynamics expand and λ may grow without bound:
 the derivative of a chaotic chain is not the response of its average. ‖λ‖ is compared with what a
@@ -72,45 +73,208 @@ one alone for γ ≥ 50 and 0.85 at γ = 10 (`benchmarks/pathwise.py`), so none 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Key
+import numpy as np
+from jaxtyping import Array, Bool
 
+from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.loop import Looked, Recorded, Segment, run_chains
+from jaxpattern.chains.record import Nothing
+from jaxpattern.chains.run import Run
 from jaxpattern.posterior import Posterior
-from jaxpattern.response.adjoint import AdjointChain, Layout, run_adjoint
-from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
-from jaxpattern.response.covariance import covariance
-from jaxpattern.response.problem import ComponentGroup, Estimator, Problem, check_direct
-from jaxpattern.response.result import Response, group_mean
-from jaxpattern.response.tangent import tangent_cost, tangent_response
-from jaxpattern.restriction import Restriction
-from jaxpattern.runtime.checkpoint import Store
-from jaxpattern.samplers import relaxation_steps
-from jaxpattern.sampling import (
-    Plan,
-    build_kernel,
-    check_alive,
+from jaxpattern.response.adjoint import Adjoint
+from jaxpattern.response.covariance import Covariance
+from jaxpattern.response.measure import (
+    Estimates,
+    Part,
+    batch_estimates,
+    by_component,
+    over_components,
+    part_of_chains,
 )
+from jaxpattern.response.problem import Problem, check_reweighted
+from jaxpattern.response.result import Response, group_mean
+from jaxpattern.response.schedule import block_sizes, mean_blocks, segments
+from jaxpattern.response.tangent import Tangent, tangent_cost
+from jaxpattern.restriction import Restriction
+from jaxpattern.runtime.host import Host
 from jaxpattern.types import Position
-from jaxpattern.validation import check_count, check_number, is_concrete
+from jaxpattern.validation import check_count, check_number, is_concrete, renamed
 
 _WINDOW_RELAXATIONS = 6
-_SEGMENT_WINDOWS = 4
-_SEGMENT_BYTES = 2**30
+_SEGMENT_WINDOWS = 5  # windows that are remembered: one behind the first draw, four of draws
+_MOST_BYTES = 2**30  # of states that are remembered, by all chains
+_FREE_BYTES = 2**24  # of which so many are never saved on
+_SLOTS = 64
 _LEAST_BATCHES = 4
 _HESSIAN_SHARE = 4
 
 
 class GrowthWarning(UserWarning):
     """The adjoint grew: the chain expands where it should contract."""
+
+
+class Sweep(NamedTuple):
+    """How the chains of a run are swept: a plan with the groups it can afford, and its segments."""
+
+    run: Run
+    window: int
+    history: int
+    schedule: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Pathwise:
+    """χ by differentiating the chain; made by `pathwise`, which says what the settings mean."""
+
+    window: int | None = None
+    every: int | None = None
+    antithetic: bool = True
+    hessian_batch: int | None = None
+    growth_limit: float = 10.0
+    on_growth: Literal["truncate", "covariance"] = "truncate"
+    mode: Literal["adjoint", "tangent", "auto"] = "adjoint"
+    probe_batch: int | None = None
+    reweight_observable: bool = False
+
+    def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
+        """The response matrix."""
+        if not run.sampler.needs_minibatch or run.sampler.gradients_per_step not in (None, 1):
+            raise TypeError(
+                f"pathwise needs a sampler whose step is smooth, takes (key, state, minibatch) and "
+                f"asks for one gradient; {run.sampler.name} does not: use estimator=covariance()"
+            )
+        if self.antithetic:
+            pairs = -(-run.plan.num_chains // 2)
+            run = replace(run, plan=replace(run.plan, num_batches=run.plan.batches_over(pairs)))
+        if self.reweight_observable:
+            check_reweighted(problem)
+            if self.mode != "adjoint":
+                raise ValueError(f"reweight_observable needs mode='adjoint', got {self.mode!r}")
+        tangent = Tangent(self.probe_batch, self.antithetic)
+        if self.mode == "tangent":
+            return tangent(run, problem, host)
+        sweep = self.sweep(run, problem)
+        cost = self.cost(sweep, problem)
+        if self.mode == "auto":
+            if tangent_cost(run, problem, self.probe_batch) < cost:
+                return tangent(run, problem, host)
+            return group_mean(self._adjoint(sweep, problem, host, cost))
+        return self._adjoint(sweep, problem, host, cost)
+
+    def _adjoint(self, sweep: Sweep, problem: Problem, host: Host, cost: float) -> Response:
+        run = sweep.run
+
+        def measure(group: ComponentGroup) -> Part:
+            recorded = run_chains(
+                run, Nothing(), host, group, look=self.look(sweep, problem.core.on(host.mesh)),
+                segments=sweep.schedule, antithetic=self.antithetic,
+                label=f"pathwise χ {group.label}".strip(),
+            )  # fmt: skip
+            return self.part(run, problem, group, recorded)
+
+        every = "" if self.every is None else f", every {self.every}"
+        name = f"pathwise (adjoint, window {sweep.window}{every})"
+        response = by_component(run, problem, measure, name=name, cost=cost)
+        return self._where_it_grew(response, run, problem, host)
+
+    def look(self, sweep: Sweep, problem: Problem) -> Adjoint:
+        """What sweeps back over the segments of a chain."""
+        batch, plan = sweep.run.batch, sweep.run.plan
+        part = self.hessian_batch or -(-batch // _HESSIAN_SHARE)
+        fresh = problem.reference_is_data and not self.reweight_observable
+        return Adjoint(
+            problem=problem,
+            growth_limit=np.asarray(self.growth_limit, problem.offsets.dtype),
+            history=sweep.history,
+            slots=_SLOTS,
+            tail_blocks=len(block_sizes(sweep.window, self.every)),
+            direct=self.reweight_observable,
+            hessian_batch=part if part < batch else None,
+            reference_batch=plan.batch_size if fresh else None,
+        )
+
+    def part(self, run: Run, problem: Problem, group: ComponentGroup, recorded: Recorded) -> Part:
+        """χ of a group from chains that were swept back."""
+        estimates = _finish(recorded.looked, recorded.alive, self.antithetic)
+        return part_of_chains(
+            run, problem, group, estimates, recorded.alive, recorded.looked.draws,
+            num_batches=run.plan.batches, antithetic=self.antithetic,
+        )  # fmt: skip
+
+    def sweep(self, run: Run, problem: Problem) -> Sweep:
+        """relaxation time → window → states remembered → groups of draws → segments."""
+        plan = run.plan
+        wanted = self.window
+        if wanted is None:
+            relaxation = run.sampler.relaxation(run.posterior)
+            if relaxation is None:
+                raise ValueError(
+                    "window must be given: the relaxation time of this sampler and posterior is "
+                    "not known"
+                )
+            wanted = max(1, round(_WINDOW_RELAXATIONS * relaxation))
+        window = min(wanted, plan.num_steps)  # a sweep goes no further back than the chain
+        # No more states than the chain has, unless they cost nothing: then another length of the
+        # chain compiles nothing again.
+        each = plan.num_chains * max(_bytes(run.posterior, group) for group in problem.groups)
+        length = 1 << (plan.num_steps - 1).bit_length()
+        history = min(_SEGMENT_WINDOWS * wanted, max(length, _FREE_BYTES // each))
+        history = max(window, min(history, _MOST_BYTES // each))
+        # Groups of at least a window of draws, but some in all: one spread needs two numbers.
+        chains = -(-plan.num_chains // 2) if self.antithetic else plan.num_chains
+        windows = plan.num_draws * plan.thin // window
+        least = min(-(-_LEAST_BATCHES // chains), plan.num_draws)
+        plan = replace(plan, num_batches=min(plan.batches, max(windows, least)))
+        schedule = segments(plan, window=window, every=self.every, history=history, slots=_SLOTS)
+        return Sweep(replace(run, plan=plan), window, history, schedule)
+
+    def cost(self, sweep: Sweep, problem: Problem) -> float:
+        """Gradient equivalents: a Hessian product of K rows counts 1 + 2K, a forward pass with K
+        tangents (1 + 2K)/3, the gradient of an observable 1.
+        """
+        run, look = sweep.run, self.look(sweep, problem)
+        tangents = 1 + 2 * problem.num_rows
+        probes = problem.probe_samples + (look.reference_batch or problem.reference_samples)
+        steps, asked = mean_blocks(sweep.schedule)
+        one = (
+            run.plan.num_steps * run.batch
+            + steps * (look.hessian_batch or run.batch) * tangents
+            + asked * probes * tangents / 3
+            + run.plan.num_draws * problem.observed_samples
+        )
+        return run.plan.num_chains * problem.num_components * one
+
+    def _where_it_grew(
+        self, response: Response, run: Run, problem: Problem, host: Host
+    ) -> Response:
+        grown = response.diagnostics["truncated"]
+        if not is_concrete(grown) or not np.asarray(grown).any():
+            return response
+        rows = np.atleast_1d(np.asarray(grown).any(axis=(1, 2)))
+        names = [row for row, bad in zip(problem.rows, rows.tolist(), strict=True) if bad]
+        consequence = (
+            "they are measured by covariance instead"
+            if self.on_growth == "covariance"
+            else "their sweeps are cut there and χ is incomplete; a larger localization, a "
+            "smaller nbeta, or on_growth='covariance' avoids that"
+        )
+        warnings.warn(
+            f"the adjoint grew past {self.growth_limit:g} in rows {names}: {consequence}",
+            GrowthWarning,
+            stacklevel=5,
+        )
+        if self.on_growth == "truncate":
+            return response
+        other = Covariance(reweight_observable=self.reweight_observable)(run, problem, host)
+        return _choose(response, other, jnp.asarray(rows))
 
 
 def pathwise(
@@ -123,8 +287,9 @@ def pathwise(
     on_growth: Literal["truncate", "covariance"] = "truncate",
     mode: Literal["adjoint", "tangent", "auto"] = "adjoint",
     probe_batch: int | None = None,
-    direct: bool = False,
-) -> Estimator:
+    reweight_observable: bool = False,
+    direct: bool | None = None,
+) -> Pathwise:
     """The pathwise estimator of χ: nβ χ_z = E Σ_t ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, c_t the chain's adjoint.
 
     It is the derivative of the chain itself; the module's docstring derives it. Estimates of draws
@@ -144,8 +309,8 @@ def pathwise(
     Args:
         window: steps behind each draw. By default six relaxation times of the sampler in flat
             directions, 2/(εγ) for SGLD.
-        every: p, steps for each evaluation of the probes; the nearest divisor of `plan.thin` is
-            taken. By default half a relaxation time.
+        every: steps for each evaluation of the probes. By default few right behind a draw and more
+            with the distance from it.
         antithetic: chains 2c and 2c + 1 are mirrored twins, which share their noise with opposite
             signs. A pair counts as one chain for standard errors; an odd last chain has no twin.
         hessian_batch: samples of each step's mini-batch (fresh ones of the data where the plan has
@@ -161,9 +326,11 @@ def pathwise(
             whichever is cheaper; `Response.estimator` says which.
         probe_batch: samples of each probe set, and of the reference, drawn afresh at each step
             in tangent mode; None: all of them.
-        direct: also let the loss inside φ be re-weighted, which adds ⟨D_z⟩/nβ − D_z(w*)/nβ with
-            D_z = ℓ_z − L: the response of an LLC in its second convention, see `jaxpattern.llc`.
-            Rows must be excess losses, so no observables; not in tangent mode.
+        reweight_observable: also let the loss inside φ be re-weighted, which adds
+            ⟨D_z⟩/nβ − D_z(w*)/nβ with D_z = ℓ_z − L: the response of an LLC in its second
+            convention, see `llc`. Rows must be excess losses, so no observables; not in tangent
+            mode.
+        direct: the old name of `reweight_observable`.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -171,170 +338,70 @@ def pathwise(
     References:
         Glasserman 1991; Assaraf, Jourdain, Lelièvre & Roux 2018; Hammersley & Morton 1956.
     """
-    if hessian_batch is not None:
-        check_count("hessian_batch", hessian_batch, minimum=1)
-    for name, value in (("window", window), ("every", every)):
+    for name, value in (
+        ("window", window),
+        ("every", every),
+        ("hessian_batch", hessian_batch),
+        ("probe_batch", probe_batch),
+    ):
         if value is not None:
             check_count(name, value, minimum=1)
     check_number("growth_limit", growth_limit, minimum=1.0)
     if mode not in ("adjoint", "tangent", "auto"):
         raise ValueError(f"mode must be 'adjoint', 'tangent' or 'auto', got {mode!r}")
-    if probe_batch is not None:
-        check_count("probe_batch", probe_batch, minimum=1)
     if on_growth not in ("truncate", "covariance"):
         raise ValueError(f"on_growth must be 'truncate' or 'covariance', got {on_growth!r}")
-
-    def estimate(
-        key: Key[Array, ""],
-        posterior: Posterior,
-        sampler: Any,
-        plan: Plan,
-        problem: Problem,
-        groups: list[ComponentGroup],
-        rows: tuple[str, ...],
-        progress: bool,
-        store: Store | None = None,
-        mesh: Mesh | None = None,
-    ) -> Response:
-        if not build_kernel(posterior, sampler, plan).takes_minibatch:
-            raise TypeError(
-                "pathwise needs a sampler whose step takes (key, state, minibatch) and is smooth; "
-                "a Metropolis kernel such as mala is not: use estimator=covariance()"
-            )
-        if antithetic:
-            pairs = -(-plan.num_chains // 2)
-            plan = replace(plan, num_batches=plan.batches_over(pairs))
-        if direct:
-            check_direct(problem)
-            if mode != "adjoint":
-                raise ValueError(f"direct needs mode='adjoint', got {mode!r}")
-        components = len(rows) // problem.num_rows
-        forwards = tangent_cost(posterior, plan, problem, probe_batch, components)
-        if mode != "tangent":
-            layout = _layout(
-                posterior, sampler, plan, problem, groups, window, every, antithetic, hessian_batch,
-                direct,
-            )  # fmt: skip
-            cost = _cost(posterior, plan, problem, layout, components)
-        if mode == "tangent" or (mode == "auto" and forwards < cost):
-            return tangent_response(
-                key, posterior, sampler, plan, problem, groups, rows, probe_batch, antithetic,
-                progress, store, mesh,
-            )  # fmt: skip
-        parts: dict[int, Part] = {}
-        for group in groups:
-            chains = run_adjoint(
-                key, posterior, sampler, plan, problem, layout, growth_limit, group, progress,
-                store, mesh,
-            )  # fmt: skip
-            check_alive(chains.alive, group.names, posterior)
-            for position, index in enumerate(group.ids):
-                chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
-                parts[index] = _summarize_component(chain, problem, plan, layout)
-        name = f"pathwise (adjoint, window {layout.window}, every {layout.every})"
-        response = assemble(parts, posterior, problem, rows, cost, name)
-        grown = response.diagnostics["truncated"].any(axis=(1, 2))
-        if is_concrete(grown) and bool(grown.any()):
-            names = [row for row, bad in zip(rows, grown, strict=True) if bad]
-            consequence = (
-                "they are measured by covariance instead"
-                if on_growth == "covariance"
-                else "their sweeps are cut there and χ is incomplete; a larger localization, a "
-                "smaller nbeta, or on_growth='covariance' avoids that"
-            )
-            warnings.warn(
-                f"the adjoint grew past {growth_limit:g} in rows {names}: {consequence}",
-                GrowthWarning,
-                stacklevel=3,
-            )
-            if on_growth == "covariance":
-                other = covariance(direct=direct)(
-                    key, posterior, sampler, plan, problem, groups, rows, progress, store, mesh
-                )
-                response = _choose(response, other, grown)
-        return group_mean(response) if mode == "auto" else response
-
-    return estimate
-
-
-def _layout(
-    posterior: Posterior,
-    sampler: Any,
-    plan: Plan,
-    problem: Problem,
-    groups: list[ComponentGroup],
-    window: int | None,
-    every: int | None,
-    antithetic: bool,
-    hessian_batch: int | None,
-    direct: bool,
-) -> Layout:
-    """Window and probe spacing from the relaxation time, where they are not given."""
-    relaxation = None
-    if window is None or every is None:
-        relaxation = relaxation_steps(sampler, posterior)
-    if relaxation is None and window is None:
-        raise ValueError(
-            "window must be given: the relaxation time of this sampler and posterior is not known"
-        )
-    if window is None:
-        assert relaxation is not None
-        window = max(1, round(_WINDOW_RELAXATIONS * relaxation))
-    wanted = every or (1.0 if relaxation is None else max(1.0, relaxation / 2))
-    divisors = [p for p in range(1, plan.thin + 1) if plan.thin % p == 0]
-    every = min(divisors, key=lambda p: abs(math.log(p / wanted)))
-    window = -(-window // every) * every
-    # Batches of at least a window, but some in all: one spread needs more than one number.
-    chains = -(-plan.num_chains // 2) if antithetic else plan.num_chains
-    whole_windows = plan.num_draws * plan.thin // window
-    least = min(-(-_LEAST_BATCHES // chains), plan.num_draws)
-    batches = min(plan.batches, max(whole_windows, least))
-    # Several windows of draws share a sweep, as far as the states fit in memory; segments are
-    # equal, and fill the batches evenly.
-    states = _SEGMENT_BYTES // (plan.num_chains * max(_bytes(posterior, g) for g in groups))
-    wanted = max(1, min(_SEGMENT_WINDOWS * window, states - window) // plan.thin)
-    most = max(1, plan.num_draws // batches)
-    draws = max(
-        m
-        for m in range(1, plan.num_draws + 1)
-        if plan.num_draws % m == 0 and m <= min(wanted, most)
+    reweight = renamed("direct", direct, "reweight_observable", reweight_observable)
+    return Pathwise(
+        window,
+        every,
+        antithetic,
+        hessian_batch,
+        growth_limit,
+        on_growth,
+        mode,
+        probe_batch,
+        reweight,
     )
-    batch = plan.batch_size or posterior.num_samples
-    part = hessian_batch or -(-batch // _HESSIAN_SHARE)
-    return Layout(
-        window, every, plan.thin, draws, plan.num_draws // draws, direct, batches, antithetic,
-        part if part < batch else None,
-        plan.batch_size if problem.reference_is_data and not direct else None,
-    )  # fmt: skip
 
 
 def _bytes(posterior: Posterior, group: ComponentGroup) -> int:
     """Memory of the positions of all components of a group."""
 
-    def centre(restriction: Restriction) -> Position:
+    def center(restriction: Restriction | None) -> Position:
         return replace(posterior, restriction=restriction).centre
 
-    positions = posterior.centre
-    if group.restrictions is not None:
-        positions = jax.eval_shape(jax.vmap(centre, axis_size=len(group.ids)), group.restrictions)
+    if group.restrictions is None:
+        positions = jax.eval_shape(lambda: posterior.centre)
+    else:
+        positions = jax.eval_shape(jax.vmap(center, axis_size=len(group.ids)), group.restrictions)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(positions))
 
 
-def _summarize_component(chain: AdjointChain, problem: Problem, plan: Plan, layout: Layout) -> Part:
-    """χ of one component: means of the batches of its chains, and their spread."""
-    alive = chain.alive
-    chi, stderr, halves, batches = batch_estimates(
-        chain.sums, chain.counts, alive, layout.antithetic
-    )
-    lost = alive.sum()
-    diagnostics = {
-        "tail": jnp.sum(jnp.where(alive[:, None, None], chain.tail, 0.0), axis=0) / lost,
-        "remainder": jnp.sum(jnp.where(alive[:, None], chain.remainder, 0.0), axis=0) / lost,
-        "growth": jnp.moveaxis(chain.growth, -1, 0),
-        "truncated": jnp.moveaxis(chain.truncated, -1, 0),
-    }
-    summary = summarize_rows(chain.trace, alive, problem, layout.batches, layout.antithetic)
-    return Part(chi, stderr, halves, batches, summary, ~alive, diagnostics)
+@partial(jax.jit, static_argnames="antithetic")
+def _finish(looked: Looked, alive: Bool[Array, "components chains"], antithetic: bool) -> Estimates:
+    """χ of every component from the groups of draws of its chains, and the health of its sweeps."""
+
+    def one(looked: Looked, alive: Array) -> Estimates:
+        sums, health = looked.added, looked.segments
+        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic)
+
+        def mean(x: Array) -> Array:
+            """Over the segments of the chains that are alive."""
+            over_segments = jnp.mean(x, axis=1)
+            kept = jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 2)), over_segments, 0.0)
+            return jnp.sum(kept, axis=0) / alive.sum()
+
+        return estimates._replace(
+            diagnostics={
+                "tail": mean(health.tail),
+                "remainder": mean(health.remainder),
+                "growth": jnp.moveaxis(health.growth, -1, 0),
+                "truncated": jnp.moveaxis(health.truncated, -1, 0),
+            }
+        )
+
+    return over_components(one, looked, alive)
 
 
 def _choose(response: Response, other: Response, rows: Bool[Array, " rows"]) -> Response:
@@ -361,26 +428,4 @@ def _choose(response: Response, other: Response, rows: Bool[Array, " rows"]) -> 
         halves=jax.tree.map(pick(1), response.halves, other.halves),
         batches=jax.tree.map(pick(1), ours, theirs),
         cost=response.cost + other.cost,
-    )
-
-
-def _cost(
-    posterior: Posterior, plan: Plan, problem: Problem, layout: Layout, components: int
-) -> float:
-    """Gradient equivalents: a Hessian-vector product of K rows counts 1 + 2K, a forward pass with
-    K tangents (1 + 2K)/3, the gradient of an observable 1."""
-    rows = problem.num_rows
-    batch = plan.batch_size or posterior.num_samples
-    sweeps = layout.num_segments
-    reference = layout.reference_batch or problem.reference_samples
-    probes = problem.probe_samples + reference
-    return (
-        plan.num_chains
-        * components
-        * (
-            plan.num_steps * batch
-            + sweeps * layout.length * (layout.hessian_batch or batch) * (1 + 2 * rows)
-            + sweeps * layout.blocks * probes * (1 + 2 * rows) / 3
-            + plan.num_draws * problem.observed_samples
-        )
     )

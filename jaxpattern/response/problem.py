@@ -1,27 +1,31 @@
-"""What every estimator of χ is given: rows, columns, and their losses at w*."""
+"""What every estimator of χ is asked: rows, columns, and their losses at w*."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
+from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.losses import check_loss, losses_in_chunks
 from jaxpattern.posterior import Minibatch, Posterior
-from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction, check_restriction
-from jaxpattern.runtime.checkpoint import Store
 from jaxpattern.runtime.mesh import put, put_rows
-from jaxpattern.sampling import Plan, as_pytree_function
 from jaxpattern.types import Batch, Losses, Params, Position
-from jaxpattern.validation import batch_length, check_function, holds
+from jaxpattern.validation import (
+    as_pytree_function,
+    batch_length,
+    check_function,
+    holds,
+    is_concrete,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -31,10 +35,12 @@ class Problem:
 
     Everything is measured from w*: differences of losses are taken loss by loss before anything is
     averaged, so that float32 holds. Without observables the one row is the excess loss L − L(w*).
-    Where the reference is itself a probe set, `reference_probe` names it and its losses are shared.
+    An observable gives one row, or K rows where it returns `[K]`. Where the reference is itself a
+    probe set, `reference_probe` names it and its losses are shared. `groups` are the components,
+    `rows` the names of all rows, components first.
     """
 
-    observables: tuple[Callable[[Params], Float[Array, ""]], ...] | None
+    observables: tuple[Callable[[Params], Float[Array, "..."]], ...] | None
     offsets: Float[Array, " rows"]
     probes: dict[str, Batch]
     probe_baseline: dict[str, Float[Array, "..."]]
@@ -43,6 +49,13 @@ class Problem:
     chunk: int | None = field(metadata={"static": True})
     reference_probe: str | None = field(default=None, metadata={"static": True})
     reference_is_data: bool = field(default=False, metadata={"static": True})
+    groups: tuple[ComponentGroup, ...] = (ComponentGroup(),)
+    rows: tuple[str, ...] = field(default=(), metadata={"static": True})
+
+    @property
+    def core(self) -> Problem:
+        """What a program needs to know: not the components, nor any names of rows."""
+        return replace(self, groups=(), rows=())
 
     @property
     def num_rows(self) -> int:
@@ -60,7 +73,12 @@ class Problem:
         weights = self.reference.weights
         return jnp.sum(weights * deviations) / weights.shape[0]
 
-    def rows(
+    @property
+    def num_components(self) -> int:
+        """Components of all groups."""
+        return sum(len(group.ids) for group in self.groups)
+
+    def phi(
         self, posterior: Posterior, position: Position, excess: Float[Array, ""]
     ) -> Float[Array, " rows"]:
         """φ(w) − φ(w*), given L(w) − L(w*)."""
@@ -69,15 +87,15 @@ class Problem:
         if not self.observables:
             return jnp.zeros((0,), excess.dtype)
         params = posterior.embed(position)
-        values = [jnp.asarray(phi(params), excess.dtype) for phi in self.observables]
-        return jnp.stack(values) - self.offsets
+        values = [jnp.atleast_1d(phi(params)).astype(excess.dtype) for phi in self.observables]
+        return jnp.concatenate(values) - self.offsets
 
-    def rows_at(self, posterior: Posterior, position: Position) -> Float[Array, " rows"]:
+    def phi_at(self, posterior: Posterior, position: Position) -> Float[Array, " rows"]:
         """φ(w) − φ(w*); L is evaluated only where it is the row."""
         excess = jnp.zeros((), self.offsets.dtype)
         if self.observables is None:
             excess = self.excess_reference(posterior, position)
-        return self.rows(posterior, position, excess)
+        return self.phi(posterior, position, excess)
 
     def columns(
         self, posterior: Posterior, position: Position, excess: Float[Array, ""] | None = None
@@ -131,47 +149,12 @@ class Problem:
         return observed + self.probe_samples + self.reference_samples
 
 
-class ComponentGroup(NamedTuple):
-    """Components whose restrictions have one shape and run as one vmapped program."""
-
-    names: tuple[str, ...]
-    ids: tuple[int, ...]
-    restrictions: Restriction | None
-
-    @property
-    def label(self) -> str:
-        """The first and the last name, for a progress line."""
-        return " … ".join(dict.fromkeys((self.names[0], self.names[-1])))
-
-
-@runtime_checkable
-class Estimator(Protocol):
-    """Measures χ of a problem for groups of components."""
-
-    def __call__(
-        self,
-        key: Key[Array, ""],
-        posterior: Posterior,
-        sampler: Any,
-        plan: Plan,
-        problem: Problem,
-        groups: list[ComponentGroup],
-        rows: tuple[str, ...],
-        progress: bool,
-        store: Store | None = None,
-        mesh: Mesh | None = None,
-    ) -> Response:
-        """The response matrix, rows in the order of `rows`: components, then observables.
-
-        An estimator that samples hands store and mesh on to `run_chains`, or keeps its loops there.
-        """
-
-
 def build_problem(
     posterior: Posterior,
-    observables: Mapping[str, Callable] | None,
+    observables: Mapping[str, Callable[..., Any]] | None,
     probes: Mapping[str, Batch],
     reference: Batch | None,
+    components: Mapping[str, Restriction] | None,
     chunk: int | None,
 ) -> Problem:
     """Check rows and columns, and compute the losses at w* once.
@@ -182,6 +165,7 @@ def build_problem(
     params = posterior.params
     if not probes:
         raise ValueError("probes is empty; χ needs at least one probe set")
+    groups = component_groups(posterior, components)
     for name, batch in probes.items():
         check_like_data(f"probes[{name!r}]", batch, posterior)
     if reference is None:
@@ -190,23 +174,24 @@ def build_problem(
         size = check_like_data("reference", reference, posterior)
         shape, dtype = check_loss(posterior.loss_fn, params, reference, size)
         minibatch = Minibatch(
-            jax.tree.map(jnp.asarray, reference),
-            jnp.full(shape, size / jnp.size(jnp.zeros(shape)), dtype),
+            _on_device(reference), jax.device_put(np.full(shape, size / np.prod(shape), dtype))
         )
     same = [name for name, batch in probes.items() if batch is reference]
-    probes = {name: jax.tree.map(jnp.asarray, batch) for name, batch in probes.items()}
-    probe_baseline, reference_baseline = _baseline(
-        posterior.loss_fn, chunk or 256, params, probes, None if same else minibatch.batch
-    )
+    probes = {name: _on_device(batch) for name, batch in probes.items()}
+    names, functions = _check_observables(observables, params)
+    at_start = _at_start(
+        posterior.loss_fn, chunk or 256, params, probes, None if same else minibatch.batch,
+        functions,
+    )  # fmt: skip
+    probe_baseline, reference_baseline, values = at_start
     if same:
         reference_baseline = probe_baseline[same[0]]
     for name, losses in probe_baseline.items():
         _check_finite(f"probes[{name!r}]", losses)
     _check_finite("data" if reference is None else "reference", reference_baseline)
-    functions, offsets = _check_observables(observables, params, minibatch.weights.dtype)
     return Problem(
         observables=functions,
-        offsets=offsets,
+        offsets=_check_offsets(observables, values, minibatch.weights.dtype),
         probes=probes,
         probe_baseline=probe_baseline,
         reference=minibatch,
@@ -214,11 +199,32 @@ def build_problem(
         chunk=chunk,
         reference_probe=same[0] if same else None,
         reference_is_data=reference is None,
+        groups=groups,
+        rows=_row_names(names, components),
     )
 
 
+def _row_names(
+    observables: tuple[str, ...] | None, components: Mapping[str, Restriction] | None
+) -> tuple[str, ...]:
+    """`observable`, `component`, or `component/observable`."""
+    if components is None:
+        rows = observables or ()
+    elif observables is None:
+        rows = tuple(components)
+    else:
+        rows = tuple(f"{component}/{phi}" for component in components for phi in observables)
+    if len(set(rows)) < len(rows):
+        raise ValueError(f"names of components and observables make two rows alike: {rows}")
+    return rows
+
+
+def _on_device(batch: Batch) -> Batch:
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), batch)
+
+
 def _check_finite(name: str, losses: Losses) -> None:
-    if not holds(lambda x: jnp.isfinite(x).all(), losses):
+    if not holds(lambda x: np.isfinite(np.asarray(x)).all(), losses):
         finite = np.isfinite(np.asarray(losses)).reshape(len(losses), -1).all(axis=1)
         raise ValueError(
             f"{name} has losses that are not finite at w*, "
@@ -227,34 +233,50 @@ def _check_finite(name: str, losses: Losses) -> None:
 
 
 def _check_observables(
-    observables: Mapping[str, Callable] | None, params: Params, dtype: Any
-) -> tuple[tuple[Callable, ...] | None, Float[Array, " rows"]]:
+    observables: Mapping[str, Callable[..., Any]] | None, params: Params
+) -> tuple[tuple[str, ...] | None, tuple[Callable[..., Any], ...] | None]:
+    """Names of the rows, `name/0` … where one returns several, and functions as pytrees."""
     if observables is None:
-        return None, jnp.zeros((1,), dtype)
+        return None, None
+    names: list[str] = []
     for name, phi in observables.items():
         check_function(f"observables[{name!r}]", phi, "a function of params", num_arguments=1)
         out = jax.eval_shape(lambda params, phi=phi: phi(params), params)
-        if getattr(out, "shape", None) != ():
+        shape = getattr(out, "shape", None)
+        if shape is None or len(shape) > 1 or 0 in shape:
             raise ValueError(
-                f"observables[{name!r}] must return a scalar, got "
-                f"{getattr(out, 'shape', type(out).__name__)}"
+                f"observables[{name!r}] must return a scalar, or one row each [K], got "
+                f"{type(out).__name__ if shape is None else shape}"
             )
         if not jnp.issubdtype(out.dtype, jnp.floating):
             raise TypeError(f"observables[{name!r}] must return a float, got {out.dtype}")
-    functions = tuple(as_pytree_function(phi) for phi in observables.values())
-    offsets = jnp.stack([jnp.asarray(_evaluate(phi, params), dtype) for phi in functions])
-    for name, value in zip(observables, offsets, strict=True):
-        if not holds(jnp.isfinite, value):
-            raise ValueError(f"observables[{name!r}] is {float(value)} at w*; it must be finite")
-    return functions, offsets
+        names += [f"{name}/{k}" for k in range(shape[0])] if shape else [name]
+    return tuple(names), tuple(as_pytree_function(phi) for phi in observables.values())
 
 
-def check_direct(problem: Problem) -> None:
+def _check_offsets(
+    observables: Mapping[str, Callable[..., Any]] | None, values: Any, dtype: Any
+) -> Float[Array, " rows"]:
+    """φ(w*) of all rows."""
+    if observables is None:
+        return jax.device_put(np.zeros(1, dtype))
+    for name, value in zip(observables, values, strict=True):
+        if not holds(lambda x: np.isfinite(np.asarray(x)).all(), value):
+            raise ValueError(
+                f"observables[{name!r}] is {np.asarray(value).tolist()} at w*; it must be finite"
+            )
+    if all(map(is_concrete, values)):
+        flat = np.concatenate([np.atleast_1d(np.asarray(value, dtype)) for value in values])
+        return jax.device_put(flat)
+    return jnp.concatenate([jnp.atleast_1d(value).astype(dtype) for value in values])
+
+
+def check_reweighted(problem: Problem) -> None:
     """Rows whose loss can be re-weighted along with the posterior."""
     if problem.observables is not None:
         raise ValueError(
-            "direct re-weights the loss inside φ, so rows must be excess losses: leave observables "
-            "out and give components, such as {'all': jp.by_path('*')}"
+            "reweight_observable changes the loss inside φ, so rows must be excess losses: leave "
+            "observables out and give components, such as {'all': jp.by_path('*')}"
         )
 
 
@@ -279,7 +301,10 @@ def check_like_data(name: str, batch: Batch, posterior: Posterior) -> int:
     """A batch of the structure, trailing shapes and dtypes of the data; returns its length."""
     size = batch_length(name, batch)
     spec = partial(jax.tree.map, lambda x: (x.dtype, x.shape[1:]))
-    given, wanted = spec(jax.tree.map(jnp.asarray, batch)), spec(posterior.data)
+    given, wanted = (
+        spec(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))),
+        spec(posterior.data),
+    )
     if given != wanted:
         raise ValueError(f"{name} must be like the data, {wanted} a sample, got {given}")
     check_loss(posterior.loss_fn, posterior.params, batch, size)
@@ -288,10 +313,10 @@ def check_like_data(name: str, batch: Batch, posterior: Posterior) -> int:
 
 def component_groups(
     posterior: Posterior, components: Mapping[str, Restriction] | None
-) -> list[ComponentGroup]:
+) -> tuple[ComponentGroup, ...]:
     """Components of equal shape together, in order of first appearance."""
     if components is None:
-        return [ComponentGroup(("",), (0,), None)]
+        return (ComponentGroup(),)
     if not components:
         raise ValueError("components is empty; leave it out to sample the posterior as it is")
     if posterior.restriction is not None:
@@ -306,27 +331,34 @@ def component_groups(
         leaves, treedef = jax.tree.flatten(restriction)
         shape = (treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
         members.setdefault(shape, []).append((name, index))
-    return [
+    return tuple(
         ComponentGroup(
             names=tuple(name for name, _ in group),
             ids=tuple(index for _, index in group),
-            restrictions=jax.tree.map(
-                lambda *leaves: jnp.stack(leaves), *(components[name] for name, _ in group)
-            ),
+            restrictions=jax.tree.map(_stack, *(components[name] for name, _ in group)),
         )
         for group in members.values()
-    ]
+    )
 
 
-@jax.jit
-def _evaluate(phi: Callable, params: Params) -> Array:
-    return phi(params)
+def _stack(*leaves: Any) -> Any:
+    """Leaves side by side; by NumPy where it can, which compiles nothing."""
+    if all(map(is_concrete, leaves)):
+        return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]))
+    return jnp.stack(leaves)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _baseline(
-    loss_fn: Any, chunk: int, params: Params, probes: dict[str, Batch], reference: Batch | None
-) -> tuple[dict[str, Float[Array, "..."]], Losses | None]:
+def _at_start(
+    loss_fn: Any,
+    chunk: int,
+    params: Params,
+    probes: dict[str, Batch],
+    reference: Batch | None,
+    observables: tuple[Callable[..., Any], ...] | None,
+) -> tuple[dict[str, Float[Array, "..."]], Losses | None, list[Array]]:
+    """Losses and observables at w*."""
     losses = partial(losses_in_chunks, loss_fn, params, chunk=chunk)
     rest = None if reference is None else losses(reference)
-    return {name: losses(batch) for name, batch in probes.items()}, rest
+    values = [jnp.asarray(phi(params)) for phi in observables or ()]
+    return {name: losses(batch) for name, batch in probes.items()}, rest, values

@@ -10,19 +10,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from jaxpattern.chains.kernel import position_of
 from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.samplers import Sampler
 from jaxpattern.types import Position
 
 
-@dataclass(frozen=True)
-class GivenGradient:
-    """A posterior whose loss gradient is what stands in the place of the mini-batch.
+def given_step(
+    sampler: Sampler,
+    posterior: Posterior,
+    key: Key[Array, ""],
+    state: PyTree[Array],
+    gradient: Position,
+) -> PyTree[Array]:
+    """K(s, g): a step of the sampler with g in the place of the gradient it asks for.
 
-    `sampler(GivenGradient(posterior)).step(key, state, g)` is then the step K(state, g) itself,
-    for any sampler that asks the posterior for one gradient a step.
+    Raises:
+        TypeError: the step is not a function of one gradient at the position of its state, so that
+            it cannot be differentiated this way.
     """
+    given = _GivenGradient(posterior, position_of(state), [])
+    try:
+        new = sampler(given).step(key, state, gradient)
+    except AttributeError as error:
+        raise TypeError(_refusal(sampler, f"it asks for more than gradients ({error})")) from error
+    if len(given.asked) != 1:
+        raise TypeError(_refusal(sampler, f"its step takes {len(given.asked)} of them"))
+    return new
+
+
+def _refusal(sampler: Sampler, why: str) -> str:
+    return (
+        "pathwise differentiates samplers whose step takes one loss gradient, at the position of "
+        f"its state; {sampler.name} does not: {why}. Use estimator=covariance()"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _GivenGradient:
+    """A posterior whose loss gradient is what stands in the place of the mini-batch."""
 
     posterior: Posterior
+    position: Position
+    asked: list[None]
 
     @property
     def nbeta(self) -> Any:
@@ -44,13 +74,17 @@ class GivenGradient:
         return self.posterior.minibatch(key, size)
 
     def loss_gradient(self, position: Position, minibatch: Position) -> Position:
-        """g."""
-        del position
+        """g, which holds at the position of the state and nowhere else."""
+        here = jax.tree.leaves(self.position)
+        there = jax.tree.leaves(position)
+        if len(here) != len(there) or any(a is not b for a, b in zip(here, there, strict=True)):
+            raise TypeError("pathwise: the sampler asks for a gradient away from its state")
+        self.asked.append(None)
         return minibatch
 
     def grad_estimator(self, position: Position, minibatch: Position) -> Position:
         """−nβ g − γ (w − w*)."""
-        return self.posterior.drift(position, minibatch)
+        return self.posterior.drift(position, self.loss_gradient(position, minibatch))
 
 
 class Floats(NamedTuple):

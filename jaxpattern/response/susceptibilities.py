@@ -9,16 +9,17 @@ from typing import Any
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from jaxpattern.chains.plan import Plan
+from jaxpattern.chains.run import Run, make_run
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.covariance import covariance
+from jaxpattern.response.estimator import Estimator
 from jaxpattern.response.pathwise import pathwise
-from jaxpattern.response.problem import Estimator, build_problem, component_groups, named
+from jaxpattern.response.problem import Problem, build_problem, named
 from jaxpattern.response.result import Response
 from jaxpattern.restriction import Restriction
-from jaxpattern.runtime.checkpoint import Checkpoint, open_store
-from jaxpattern.runtime.mesh import resolve_mesh
-from jaxpattern.samplers import relaxation_steps
-from jaxpattern.sampling import Plan, as_pytree_function, check_run
+from jaxpattern.runtime.checkpoint import Checkpoint
+from jaxpattern.runtime.host import host_for
 from jaxpattern.types import Batch
 from jaxpattern.validation import check_function
 
@@ -49,8 +50,8 @@ def susceptibilities(
         sampler: `sgld(...)`, …, or any function of the posterior to a `SamplingAlgorithm`.
         plan: lengths and numbers.
         probes: name → batch like the data; every loss in it is one column.
-        observables: name → scalar function of the full weights. None, with components: each
-            component's excess loss L(w) − L(w*).
+        observables: name → function of the parameters that returns a scalar, or `[K]` for rows
+            `name/0` … None, with components: each component's excess loss L(w) − L(w*).
         estimator: `pathwise(...)`, the default where the relaxation time of the sampler is known
             (the samplers of this package but `mala`, with γ > 0), `covariance(...)`, the default
             elsewhere, or `laplace(...)`.
@@ -77,8 +78,44 @@ def susceptibilities(
     References:
         Baker et al. 2025, arXiv 2504.18274; Wang & Murfet 2026, arXiv 2601.13548.
     """
-    check_run(key, posterior, sampler, plan)
-    mesh = resolve_mesh(mesh)
+    run = make_run(key, posterior, sampler, plan)
+    estimator = choose_estimator(run, estimator)
+    problem = make_problem(
+        run, observables=observables, probes=probes, reference=reference, components=components
+    )
+    with host_for(
+        "susceptibilities", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run,
+        problem=problem, estimator=estimator,
+    ) as host:  # fmt: skip
+        return estimator(run, problem, host)
+
+
+def choose_estimator(run: Run, estimator: Estimator | None) -> Estimator:
+    """The one given, or the default of the run.
+
+    Raises:
+        TypeError: it is no function of (run, problem, host).
+    """
+    if estimator is None:
+        known = run.sampler.relaxation(run.posterior) is not None
+        return pathwise() if known else covariance()
+    check_function("estimator", estimator, "one such as jp.pathwise()", num_arguments=3)
+    return estimator
+
+
+def make_problem(
+    run: Run,
+    *,
+    probes: Any,
+    observables: Any = None,
+    reference: Batch | None = None,
+    components: Any = None,
+) -> Problem:
+    """What is asked, from what a user gives.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
     if components is not None:
         components = named("components", components)
     if observables is not None:
@@ -87,30 +124,5 @@ def susceptibilities(
             raise ValueError("observables is empty; leave it out to use the excess loss")
     elif components is None:
         raise ValueError("observables must be given where there are no components")
-    if estimator is None:
-        known = relaxation_steps(sampler, posterior) is not None
-        estimator = pathwise() if known else covariance()
-    wanted = "a function, such as jp.pathwise() returns"
-    check_function("estimator", estimator, wanted, num_arguments=8)
-    groups = component_groups(posterior, components)
     probes = named("probes", probes)
-    problem = build_problem(posterior, observables, probes, reference, plan.chunk)
-    if components is None:
-        rows = tuple(observables or ())
-    elif observables is None:
-        rows = tuple(components)
-    else:
-        rows = tuple(f"{component}/{phi}" for component in components for phi in observables)
-    if len(set(rows)) < len(rows):
-        raise ValueError(f"names of components and observables make two rows alike: {rows}")
-    sampler = as_pytree_function(sampler)
-    arguments = (key, posterior, sampler, plan, problem, groups, rows, progress)
-    if checkpoint is None and mesh is None:
-        return estimator(*arguments)
-    check_function("estimator", estimator, "one that takes a store and a mesh", num_arguments=10)
-    with open_store(
-        checkpoint, "susceptibilities", key=key, posterior=posterior, sampler=sampler, plan=plan,
-        observables=observables, probes=probes, estimator=estimator, components=components,
-        reference=reference, reference_probe=problem.reference_probe,
-    ) as store:  # fmt: skip
-        return estimator(*arguments, store, mesh)
+    return build_problem(run.posterior, observables, probes, reference, components, run.plan.chunk)

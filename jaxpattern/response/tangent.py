@@ -13,24 +13,34 @@ the data, which are drawn independently of the step's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from jaxpattern.diagnostics import batch_of
+from jaxpattern.chains.kernel import position_of
+from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.loop import run_chains
+from jaxpattern.chains.run import Run
 from jaxpattern.posterior import Minibatch, Posterior
-from jaxpattern.response.assembly import Part, assemble, batch_estimates, summarize_rows
-from jaxpattern.response.problem import ComponentGroup, Problem
+from jaxpattern.response.measure import (
+    Estimates,
+    Part,
+    batch_estimates,
+    by_component,
+    over_components,
+    part_of_chains,
+)
+from jaxpattern.response.problem import Problem
+from jaxpattern.response.products import hessian_products
 from jaxpattern.response.result import Response
-from jaxpattern.response.step import GivenGradient, floats_of
-from jaxpattern.runtime.checkpoint import Store
+from jaxpattern.response.step import floats_of, given_step
+from jaxpattern.runtime.host import Host
 from jaxpattern.runtime.mesh import put
-from jaxpattern.sampling import Plan, check_alive, position_of, run_chains, write_draw
+from jaxpattern.samplers import Sampler
 from jaxpattern.types import Position, SamplingAlgorithm
 
 
@@ -44,15 +54,15 @@ class TangentState(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class TangentSampler:
+class TangentAlgorithm:
     """A sampler whose chains carry δ_g of every probe set g."""
 
-    sampler: Any
+    sampler: Sampler
     problem: Problem
     probe_batch: int | None = field(metadata={"static": True})
 
-    def __call__(self, posterior: Posterior) -> SamplingAlgorithm:
-        algorithm, given = self.sampler(posterior), self.sampler(GivenGradient(posterior))
+    def __call__(self, posterior: Any) -> SamplingAlgorithm:
+        algorithm = self.sampler(posterior)
         groups = [batch for _, batch in sorted(self.problem.probes.items())]
 
         def init(position: Position, rng_key: Key[Array, ""]) -> TangentState:
@@ -83,24 +93,23 @@ class TangentSampler:
             tilt_key = jax.random.fold_in(key, 1)
             position, inner, tangents = state
             floats = floats_of(inner)
-            gradient, hessian = jax.linearize(
-                lambda w: posterior.loss_gradient(w, minibatch), position
-            )
 
             def move(leaves: list[Array], gradient: Position) -> tuple[list[Array], Any]:
-                moved = given.step(key, floats.rebuild(leaves), gradient)
+                moved = given_step(self.sampler, posterior, key, floats.rebuild(leaves), gradient)
                 return floats_of(moved).leaves, moved
 
             def tangent_position(tangent: list[Array]) -> Position:
-                at = lambda leaves: position_of(floats.rebuild(leaves))  # noqa: E731
-                return jax.jvp(at, (floats.leaves,), (tangent,))[1]
+                return jax.jvp(
+                    lambda leaves: position_of(floats.rebuild(leaves)), (floats.leaves,), (tangent,)
+                )[1]
 
-            tilts = tilt_gradient(tilt_key, position)
-            pushed = jax.vmap(
-                lambda tangent, tilt: jax.tree.map(
-                    jnp.add, hessian(tangent_position(tangent)), tilt
-                )
-            )(tangents, tilts)
+            def gradient_at(w: Position) -> Position:
+                return posterior.loss_gradient(w, minibatch)
+
+            # H δ_g + ∇(ℓ_g − L) of every group, through one step.
+            bent = hessian_products(gradient_at, position, jax.vmap(tangent_position)(tangents))
+            pushed = jax.tree.map(jnp.add, bent, tilt_gradient(tilt_key, position))
+            gradient = gradient_at(position)
             _, linear, inner = jax.linearize(move, floats.leaves, gradient, has_aux=True)
             return TangentState(position_of(inner), inner, jax.vmap(linear)(tangents, pushed))
 
@@ -125,115 +134,88 @@ class TangentSampler:
         return jnp.sum(weights * posterior.losses(position, batch)) / weights.shape[0]
 
 
-class TangentSums(NamedTuple):
-    """Sums of ∇φ · δ_g / nβ over the draws of each batch, their number, and the trace of φ."""
-
-    sums: Float[Array, "*chains batches rows groups"]
-    counts: Float[Array, "*chains batches"]
-    trace: Float[Array, "*chains draws rows"]
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class TangentRecorder:
-    """Records φ and ∇φ · δ_g / nβ."""
+    """Keeps φ, and adds up ∇φ · δ_g / nβ."""
 
     problem: Problem
 
-    def init(self, posterior: Posterior, plan: Plan) -> TangentSums:
+    def init(self, posterior: Posterior) -> PyTree[Array]:
+        """No draws yet."""
         rows, groups = self.problem.num_rows, len(self.problem.probes)
         dtype = self.problem.offsets.dtype
-        return TangentSums(
-            sums=jnp.zeros((plan.batches, rows, groups), dtype),
-            counts=jnp.zeros(plan.batches, dtype),
-            trace=jnp.zeros((plan.num_draws, rows), dtype),
-        )
+        return jnp.zeros((rows, groups), dtype), jnp.zeros((), dtype)
 
     def value(
-        self, posterior: Posterior, state: TangentState, key: Key[Array, ""], plan: Plan
-    ) -> tuple[Array, Array]:
-        del key, plan
+        self, posterior: Posterior, state: TangentState, key: Key[Array, ""], batch_size: int | None
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """φ − φ(w*), and its derivative along every tangent."""
+        del key, batch_size
         floats = floats_of(state.state)
 
         def phi(leaves: list[Array]) -> Array:
-            position = position_of(floats.rebuild(leaves))
-            return self.problem.rows_at(posterior, position)
+            return self.problem.phi_at(posterior, position_of(floats.rebuild(leaves)))
 
         values, linear = jax.linearize(phi, floats.leaves)
         return values, jax.vmap(linear)(state.tangents).T / posterior.nbeta
 
-    def update(
-        self,
-        accumulator: TangentSums,
-        value: tuple[Array, Array],
-        draw: Int[Array, ""],
-        alive: Bool[Array, ""],
-        plan: Plan,
-    ) -> TangentSums:
-        batch = batch_of(draw, plan.num_draws, plan.batches)
-        values, slopes = value
-        return TangentSums(
-            sums=accumulator.sums.at[batch].add(jnp.where(alive, slopes, 0.0)),
-            counts=accumulator.counts.at[batch].add(jnp.where(alive, 1.0, 0.0)),
-            trace=write_draw(accumulator.trace, values, draw=draw, alive=alive),
+    def update(self, accumulator: PyTree[Array], added: PyTree[Array]) -> PyTree[Array]:
+        """One more draw."""
+        total, count = accumulator
+        return total + added, count + 1
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """The data-mixture response: a column per probe set, all observables at once."""
+
+    probe_batch: int | None
+    antithetic: bool
+
+    def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
+        """The response matrix."""
+        # Probes are drawn from at each step, and lie everywhere.
+        spread = put(problem.core, host.mesh)
+        algorithm = TangentAlgorithm(run.sampler, spread, self.probe_batch)
+        carried = replace(run, sampler=Sampler(algorithm, name=f"tangents of {run.sampler.name}"))
+        names = tuple(sorted(problem.probes))
+
+        def measure(group: ComponentGroup) -> Part:
+            recorded = run_chains(
+                carried, TangentRecorder(spread), host, group, antithetic=self.antithetic,
+                label=f"tangent χ {group.label}".strip(),
+            )  # fmt: skip
+            estimates = _finish(recorded.added, recorded.alive, names, self.antithetic)
+            return part_of_chains(
+                run, problem, group, estimates, recorded.alive, recorded.kept,
+                num_batches=run.plan.batches, antithetic=self.antithetic,
+            )  # fmt: skip
+
+        cost = tangent_cost(run, problem, self.probe_batch)
+        return by_component(
+            run, problem, measure, name="pathwise (tangent)", cost=cost, grouped=True
         )
 
 
-def tangent_response(
-    key: Key[Array, ""],
-    posterior: Posterior,
-    sampler: Any,
-    plan: Plan,
-    problem: Problem,
-    groups: list[ComponentGroup],
-    rows: tuple[str, ...],
-    probe_batch: int | None,
-    antithetic: bool,
-    progress: bool,
-    store: Store | None = None,
-    mesh: Mesh | None = None,
-) -> Response:
-    """The data-mixture response: a column a probe set, of all observables at once."""
-    # Probes are drawn from at each step, and lie everywhere.
-    spread = put(problem, mesh)
-    tangent_sampler = TangentSampler(sampler, spread, probe_batch)
-    parts: dict[int, Part] = {}
-    for group in groups:
-        chains = run_chains(
-            key,
-            posterior,
-            tangent_sampler,
-            plan,
-            TangentRecorder(spread),
-            restrictions=group.restrictions,
-            component_ids=group.ids,
-            antithetic=antithetic,
-            label=f"tangent χ {group.label}".strip(),
-            progress=progress,
-            store=store,
-            mesh=mesh,
-        )
-        check_alive(chains.alive, group.names, posterior)
-        for position, index in enumerate(group.ids):
-            chain = jax.tree.map(lambda leaf, p=position: leaf[p], chains)
-            total = chain.accumulator
-            sums = {name: total.sums[..., g] for g, name in enumerate(sorted(problem.probes))}
-            estimates = batch_estimates(sums, total.counts, chain.alive, antithetic)
-            summary = summarize_rows(total.trace, chain.alive, problem, plan.batches, antithetic)
-            parts[index] = Part(*estimates, summary, ~chain.alive, {})
-    cost = tangent_cost(posterior, plan, problem, probe_batch, len(parts))
-    return assemble(parts, posterior, problem, rows, cost, "pathwise (tangent)", grouped=True)
+@partial(jax.jit, static_argnames=("names", "antithetic"))
+def _finish(
+    added: Any, alive: Bool[Array, "components chains"], names: tuple[str, ...], antithetic: bool
+) -> Estimates:
+    def one(added: Any, alive: Array) -> Estimates:
+        total, count = added
+        sums = {name: total[..., g] for g, name in enumerate(names)}
+        return batch_estimates(sums, count, alive, antithetic)
+
+    return over_components(one, added, alive)
 
 
-def tangent_cost(
-    posterior: Posterior, plan: Plan, problem: Problem, probe_batch: int | None, components: int
-) -> float:
-    """Gradient equivalents: G Hessian-vector products that share a gradient count 1 + 2G."""
-    number = len(problem.probes)
-    batch = plan.batch_size or posterior.num_samples
+def tangent_cost(run: Run, problem: Problem, probe_batch: int | None) -> float:
+    """Gradient equivalents: G Hessian products that share a gradient count 1 + 2G."""
+    number, plan = len(problem.probes), run.plan
     sizes = [losses.shape[0] for losses in problem.probe_baseline.values()]
     sizes.append(problem.reference_baseline.shape[0])
     probes = sum(sizes) if probe_batch is None else probe_batch * len(sizes)
     observed = problem.observed_samples * (1 + 2 * number) / 3
-    steps = plan.num_steps * (batch * (1 + 2 * number) + probes)
-    return plan.num_chains * components * (steps + plan.num_draws * observed)
+    steps = plan.num_steps * (run.batch * (1 + 2 * number) + probes)
+    return plan.num_chains * problem.num_components * (steps + plan.num_draws * observed)

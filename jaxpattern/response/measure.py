@@ -1,0 +1,231 @@
+"""What all estimators share: for each group of components measure, estimate, assemble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from jaxpattern.chains.divergence import check_alive
+from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.run import Run
+from jaxpattern.diagnostics import Summary, numbers_of, summarize
+from jaxpattern.response.problem import Problem
+from jaxpattern.response.result import Response
+from jaxpattern.validation import is_concrete
+
+
+class Estimates(NamedTuple):
+    """χ of one component, or `[component, ...]` of several: fields as in `Response`."""
+
+    chi: dict[str, Float[Array, "*lead rows ..."]]
+    stderr: dict[str, Float[Array, "*lead rows ..."]]
+    halves: dict[str, Float[Array, "*lead two rows ..."]]
+    batches: dict[str, Float[Array, "*lead batches rows"]]
+    diagnostics: dict[str, Shaped[Array, "*lead rows ..."]]
+
+
+class Part(NamedTuple):
+    """What one group of components gives: rows of all its components, one after the other."""
+
+    estimates: Estimates
+    summary: Summary
+    diverged: Bool[Array | np.ndarray, "rows chains"]
+
+
+def by_component(
+    run: Run,
+    problem: Problem,
+    measure: Callable[[ComponentGroup], Part],
+    *,
+    name: str,
+    cost: float,
+    grouped: bool = False,
+) -> Response:
+    """The response of all groups, rows in the order in which the components were given.
+
+    Args:
+        run: what is computed.
+        problem: what is asked.
+        measure: what one group gives.
+        name: the estimator, with the settings it chose.
+        cost: gradient equivalents.
+        grouped: whether a column is a probe set, of the mass of its losses; else it is a loss.
+    """
+    parts = [measure(group) for group in problem.groups]
+    ids = np.concatenate([group.ids for group in problem.groups])
+    order = (np.argsort(ids)[:, None] * problem.num_rows + np.arange(problem.num_rows)).reshape(-1)
+    part = parts[0] if len(parts) == 1 else _join(parts, order)
+    columns = sum(losses.size for losses in problem.probe_baseline.values())
+
+    def mass(losses: Array) -> Array:
+        shape, each = ((), losses.size / columns) if grouped else (losses.shape, 1 / columns)
+        return jax.device_put(np.full(shape, each, losses.dtype))
+
+    estimates, summary = part.estimates, part.summary
+    return Response(
+        chi=estimates.chi,
+        stderr=estimates.stderr,
+        halves=estimates.halves,
+        batches=estimates.batches,
+        mass={name: mass(losses) for name, losses in problem.probe_baseline.items()},
+        nbeta=_number(run.posterior.nbeta, run.posterior.weights.dtype),
+        mean=summary.mean,
+        mean_stderr=summary.stderr,
+        rhat=summary.rhat,
+        ess=summary.ess,
+        diverged=jnp.asarray(part.diverged),
+        diagnostics=estimates.diagnostics,
+        rows=problem.rows,
+        cost=cost,
+        estimator=name,
+        num_samples=columns,
+    )
+
+
+def _number(x: Any, dtype: Any) -> Array:
+    return jax.device_put(np.asarray(x, dtype)) if is_concrete(x) else jnp.asarray(x, dtype)
+
+
+@jax.jit
+def _join(parts: list[Part], order: Array) -> Part:
+    """All rows in order; halves and batches have another axis in front of the rows."""
+
+    def join(axis: int, *leaves: Array) -> Array:
+        return jnp.take(jnp.concatenate(leaves, axis), order, axis)
+
+    def all_of(axis: int, *trees: Any) -> Any:
+        return jax.tree.map(partial(join, axis), *trees)
+
+    estimates = [part.estimates for part in parts]
+    axes = {"halves": 1, "batches": 1}
+    return Part(
+        Estimates(
+            **{
+                name: all_of(axes.get(name, 0), *(getattr(e, name) for e in estimates))
+                for name in Estimates._fields
+            }
+        ),
+        all_of(0, *(part.summary for part in parts)),
+        all_of(0, *(part.diverged for part in parts)),
+    )
+
+
+def over_components(one: Callable[..., Estimates], *recorded: Any) -> Estimates:
+    """`one` of every component, their rows one after the other; to be called under `jit`."""
+    found = jax.vmap(one)(*recorded)
+
+    def rows_first(x: Array) -> Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    def rows_second(x: Array) -> Array:
+        x = jnp.moveaxis(x, 1, 0)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    return Estimates(
+        chi=jax.tree.map(rows_first, found.chi),
+        stderr=jax.tree.map(rows_first, found.stderr),
+        halves=jax.tree.map(rows_second, found.halves),
+        batches=jax.tree.map(rows_second, found.batches),
+        diagnostics=jax.tree.map(rows_first, found.diagnostics),
+    )
+
+
+def part_of_chains(
+    run: Run,
+    problem: Problem,
+    group: ComponentGroup,
+    estimates: Estimates,
+    alive: Bool[Array, "components chains"],
+    trace: Float[Array, "components chains draws rows"],
+    *,
+    num_batches: int,
+    antithetic: bool = False,
+) -> Part:
+    """Estimates with the health of the chains they come from, whose φ − φ(w*) is the trace.
+
+    Raises:
+        DivergenceError: a component lost all its chains.
+    """
+    check_alive(alive, group.names, run.posterior)
+    alive, trace, offsets = numbers_of((alive, trace, problem.offsets))
+    rows = [
+        _summarize_row(trace[c, :, :, k], alive[c], num_batches, antithetic)
+        for c in range(trace.shape[0])
+        for k in range(problem.num_rows)
+    ]
+    xp = np if isinstance(trace, np.ndarray) else jnp
+    summary = Summary(*(xp.stack([xp.asarray(row[i]) for row in rows]) for i in range(4)))
+    summary = summary._replace(mean=summary.mean + xp.tile(offsets, trace.shape[0]))
+    diverged = xp.repeat(~alive, problem.num_rows, axis=0)
+    return Part(estimates, Summary(*map(_on_device, summary)), diverged)
+
+
+def _on_device(x: Any) -> Array:
+    return jax.device_put(x) if isinstance(x, np.ndarray) else x
+
+
+def _summarize_row(trace: Any, alive: Any, num_batches: int, antithetic: bool) -> Summary:
+    summary = summarize(trace, num_batches=num_batches, alive=alive)
+    if not antithetic:
+        return summary
+    # Twins are no independent chains: the error is that of the means of pairs.
+    xp = np if isinstance(trace, np.ndarray) else jnp
+    number = join_twins(alive)
+    means = join_twins(xp.where(alive[:, None], trace, 0.0)) / xp.maximum(number, 1)[:, None]
+    pairs = summarize(means.astype(trace.dtype), num_batches=num_batches, alive=number > 0)
+    return summary._replace(stderr=pairs.stderr)
+
+
+def join_twins(values: Any) -> Any:
+    """Sums over mirrored twins, chains 2c and 2c + 1; an odd last chain stands alone."""
+    xp = np if isinstance(values, np.ndarray) else jnp
+    values = xp.concatenate([values, xp.zeros_like(values[: values.shape[0] % 2])])
+    return values.reshape(-1, 2, *values.shape[1:]).sum(axis=1)
+
+
+def batch_estimates(
+    sums: dict[str, Float[Array, "chains batches rows *columns"]],
+    counts: Float[Array, "chains batches"],
+    alive: Bool[Array, " chains"],
+    antithetic: bool = False,
+) -> Estimates:
+    """Mean of a quantity summed over the draws of each batch, and the spread of the batches.
+
+    χ̂ = Σ_g n_g x_g / n and Var χ̂ = Σ_g (n_g/n)² (x_g − χ̂)² G/(G − 1) over the G batches of the
+    chains that are alive; with `antithetic`, of the pairs.
+    """
+    if antithetic:
+        sums = jax.tree.map(
+            lambda x: join_twins(jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)), sums
+        )
+        counts = join_twins(jnp.where(alive[:, None], counts, 0.0))
+        alive = join_twins(alive) > 0
+    weight = jnp.repeat(alive, counts.shape[1])
+    counts = (counts * alive[:, None]).reshape(-1)
+    share = counts / jnp.sum(counts)
+    number = jnp.sum(weight)
+    first = (jnp.cumsum(weight) <= number / 2) & weight
+
+    def mean(values: Array, share: Array) -> Array:
+        return jnp.tensordot(share / jnp.sum(share), values, 1, precision="highest")
+
+    def one(sums: Array) -> tuple[Array, Array, Array, Array]:
+        flat = sums.reshape(-1, *sums.shape[2:])
+        scale = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1.0), 0.0)
+        x = flat * scale.reshape(-1, *(1,) * (flat.ndim - 1))
+        chi = mean(x, share)
+        squares = jnp.tensordot(share**2, (x - chi[None]) ** 2, 1, precision="highest")
+        stderr = jnp.sqrt(squares * number / (number - 1))
+        halves = jnp.stack([mean(x, share * first), mean(x, share * (weight & ~first))])
+        group = jnp.mean(x, axis=tuple(range(2, x.ndim)))
+        return chi, stderr, halves, jnp.where(weight[:, None], group, jnp.nan)
+
+    results = {name: one(total) for name, total in sums.items()}
+    chi, stderr, halves, batches = ({n: r[i] for n, r in results.items()} for i in range(4))
+    return Estimates(chi, stderr, halves, batches, {})
