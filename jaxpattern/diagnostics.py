@@ -58,7 +58,7 @@ def summarize(
         with np.errstate(all="ignore"):
             summary = _summarize(np, living, np.ones(len(living), bool), num_batches)
         # The result is of the dtype of the trace (a float64 trace stays one under x64 only).
-        return Summary(*(jnp.asarray(np.asarray(x, dtype)) for x in summary))
+        return Summary(*(jax.device_put(np.asarray(x, dtype)) for x in summary))
     return Summary(
         *(jnp.asarray(x, dtype) for x in _summarize(jnp, trace, jnp.asarray(alive), num_batches))
     )
@@ -69,6 +69,11 @@ def numbers_of(tree: Any) -> Any:
     if all(map(is_concrete, jax.tree.leaves(tree))):
         return jax.tree.map(np.asarray, tree)
     return tree
+
+
+def on_device(x: Any) -> Array:
+    """NumPy arrays as arrays of JAX, without a program of their own."""
+    return jax.device_put(x) if isinstance(x, np.ndarray | np.generic) else x
 
 
 def _summarize(xp: Any, trace: Any, alive: Any, num_batches: int) -> Summary:

@@ -30,7 +30,7 @@ from jaxpattern.chains.loop import Recorded, run_chains
 from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.record import Trace
 from jaxpattern.chains.run import Run, make_run
-from jaxpattern.diagnostics import numbers_of, summarize
+from jaxpattern.diagnostics import numbers_of, on_device, summarize
 from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
@@ -121,10 +121,10 @@ def coefficient(run: Run, chains: Recorded) -> LocalLearningCoefficient:
     return LocalLearningCoefficient(
         mean=summary.mean,
         stderr=summary.stderr,
-        per_chain=jnp.asarray(xp.where(alive, xp.mean(trace, axis=1), xp.nan)),
+        per_chain=on_device(xp.where(alive, xp.mean(trace, axis=1), xp.nan)),
         rhat=summary.rhat,
         ess=summary.ess,
-        trace=jnp.asarray(trace),
-        diverged=jnp.asarray(~alive),
+        trace=on_device(trace),
+        diverged=on_device(~alive),
         cost=plan.num_chains * run.batch * (plan.num_steps + plan.num_draws * 2 / 3),
     )

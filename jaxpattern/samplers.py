@@ -55,7 +55,7 @@ class Sampler:
     )
     name: str = field(default="sampler", metadata={"static": True})
 
-    def __call__(self, posterior: Target) -> SamplingAlgorithm:
+    def __call__(self, posterior: Any) -> Any:
         return self.algorithm(posterior)
 
     @property

@@ -16,7 +16,10 @@ from oracles import euler
 from oracles import llc as oracle
 
 import jaxpattern as jp
-from jaxpattern.sampling import run_chains, write_draw
+from jaxpattern.chains.loop import run_chains
+from jaxpattern.chains.record import Trace
+from jaxpattern.chains.run import make_run
+from jaxpattern.runtime.host import Host
 
 CURVATURE = np.array([0.5, 1.0, 4.0])
 NBETA, LOCALIZATION, STEP = 20.0, 10.0, 0.02
@@ -91,18 +94,12 @@ def minibatch_llc(step, batch_size):
 
 
 @dataclass(frozen=True)
-class Unpaired:
+class Unpaired(Trace):
     """L_B(w_t) − L(w*): the level of the mini-batch stays in it."""
 
-    def init(self, posterior, plan):
-        return jnp.zeros(plan.num_draws)
-
-    def value(self, posterior, position, key, plan):
-        minibatch = posterior.minibatch(key, plan.batch_size)
-        return posterior.loss(position, minibatch) - posterior.loss(posterior.centre)
-
-    def update(self, accumulator, value, draw, alive, plan):
-        return write_draw(accumulator, value, draw=draw, alive=alive)
+    def value(self, posterior, state, key, batch_size):
+        minibatch = posterior.minibatch(key, batch_size)
+        return posterior.loss(state, minibatch) - posterior.loss(posterior.centre), ()
 
 
 jax.tree_util.register_static(Unpaired)
@@ -113,8 +110,9 @@ def test_the_paired_baseline_cuts_the_variance():
     posterior, sampler = quadratic_posterior(), jp.sgld(step_size=STEP)
     plan = jp.Plan(num_chains=400, num_burnin=0, num_draws=150, thin=2, batch_size=4)
     paired = jp.llc(jax.random.key(1), posterior, sampler, plan, progress=False)
-    chains = run_chains(jax.random.key(1), posterior, sampler, plan, Unpaired(), progress=False)
-    traces = (paired.trace, NBETA * chains.accumulator[0])
+    run = make_run(jax.random.key(1), posterior, sampler, plan)
+    chains = run_chains(run, Unpaired(), Host())
+    traces = (paired.trace, NBETA * chains.kept[0])
     means = [np.asarray(trace[:, 20:], np.float64).mean(1) for trace in traces]
     expected = minibatch_llc(STEP, 4)
     for values in means:

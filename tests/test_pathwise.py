@@ -13,8 +13,9 @@ from jaxtyping import config
 from oracles import anharmonic, euler, gaussian, superposition
 
 import jaxpattern as jp
+from jaxpattern.chains.kernel import build_kernel, position_of, streams_of
+from jaxpattern.chains.lanes import ComponentGroup, make_lanes
 from jaxpattern.models import superposition as toy
-from jaxpattern.sampling import build_kernel, chain_keys, position_of, streams_of
 
 KEY = jax.random.key(20)
 
@@ -71,7 +72,7 @@ def expectation_of_chains(posterior, sampler, plan, probes, antithetic, tilt):
     """The mean of the observables over all draws of all chains, by a plain loop of the sampler."""
 
     def chain(key, posterior):
-        kernel = build_kernel(Tilted(posterior, probes, tilt), sampler, plan)
+        kernel = build_kernel(Tilted(posterior, probes, tilt), sampler, plan.batch_size)
         streams = streams_of(key)
 
         def step(state, t):
@@ -83,7 +84,8 @@ def expectation_of_chains(posterior, sampler, plan, probes, antithetic, tilt):
         _, values = jax.lax.scan(step, state, jnp.arange(plan.num_steps))
         return jnp.mean(values[plan.num_burnin + plan.thin - 1 :: plan.thin], axis=0)
 
-    keys = chain_keys(KEY, (0,), plan.num_chains, antithetic)[0]
+    lanes = make_lanes(ComponentGroup(), plan, antithetic, None)
+    keys = jax.vmap(lambda lane: lane.key(KEY))(lanes)
     if not antithetic:
         return jnp.mean(jax.vmap(partial(chain, posterior=posterior))(keys), axis=0)
     twins = [replace(posterior, mirror=jnp.asarray((-1.0) ** c)) for c in range(plan.num_chains)]
@@ -488,7 +490,7 @@ def test_diverged_chains_are_left_out():
 
 
 @pytest.mark.parametrize("estimator", [
-    jp.covariance(direct=True), jp.pathwise(direct=True, window=150),
+    jp.covariance(reweight_observable=True), jp.pathwise(reweight_observable=True, window=150),
 ], ids=["covariance", "pathwise"])  # fmt: skip
 def test_the_llc_with_its_own_loss_reweighted(estimator):
     """Both conventions of ∂λ̂/∂ρ on the Gaussian model, whose chain has a small step here.
@@ -516,7 +518,10 @@ def test_the_llc_with_its_own_loss_reweighted(estimator):
 def test_the_direct_term_needs_excess_losses():
     params, data = tiny_network()
     posterior = jp.localized_posterior(network_loss, params, data, nbeta=20.0, localization=30.0)
-    for estimator in (jp.covariance(direct=True), jp.pathwise(direct=True)):
+    for estimator in (
+        jp.covariance(reweight_observable=True),
+        jp.pathwise(reweight_observable=True),
+    ):
         with pytest.raises(ValueError, match="rows must be excess losses"):
             jp.susceptibilities(
                 KEY, posterior, SAMPLERS["sgld"], jp.Plan(), observables=OBSERVABLES,
@@ -566,7 +571,9 @@ def test_twins_mirror_each_other_exactly_where_the_law_is_symmetric():
     )
     for sampler in SAMPLERS.values():
         kernels = [
-            build_kernel(replace(posterior, mirror=jnp.asarray(sign)), sampler, MINIBATCHES)
+            build_kernel(
+                replace(posterior, mirror=jnp.asarray(sign)), sampler, MINIBATCHES.batch_size
+            )
             for sign in (1.0, -1.0)
         ]
         paths = []

@@ -168,7 +168,9 @@ def _settle(posterior: Posterior) -> Posterior:
 
 
 def _number(x: Any, dtype: Any) -> Any:
-    return jnp.asarray(x, dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
+    if isinstance(x, jax.Array):
+        return x.astype(dtype)
+    return jax.device_put(np.asarray(x, dtype))
 
 
 class _Positions(NamedTuple):
@@ -268,7 +270,9 @@ def _empty(
     def zeros(leaf: Array, length: int, inner: int) -> Any:
         shape = (leaf.shape[0], length, *leaf.shape[inner:])
         whole = np.zeros(shape, leaf.dtype) if is_concrete(leaf) else jnp.zeros(shape, leaf.dtype)
-        return jnp.asarray(whole) if mesh is None else put(whole, mesh, "chain")
+        if is_concrete(leaf) and mesh is None:
+            return jax.device_put(whole)
+        return put(whole, mesh, "chain")
 
     return Chains(
         now=now,

@@ -130,7 +130,7 @@ class Adjoint:
                 growth=end.growth,
                 truncated=~end.whole,
                 remainder=_norm(end.adjoint, past.last) / jnp.maximum(end.at_draw, 1e-30),
-                tail=(end.tail / size).T,
+                tail=(end.tail / size[None]).T,
             ),
             accumulator=Sums(jax.tree.map(jnp.add, accumulator.chi, end.total), num_draws),
             finite=all_finite((end.values, end.total)),

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxpattern.chains.divergence import check_alive
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.run import Run
-from jaxpattern.diagnostics import Summary, numbers_of, summarize
+from jaxpattern.diagnostics import Summary, numbers_of, on_device, summarize
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response
 from jaxpattern.validation import is_concrete
@@ -79,7 +79,7 @@ def by_component(
         mean_stderr=summary.stderr,
         rhat=summary.rhat,
         ess=summary.ess,
-        diverged=jnp.asarray(part.diverged),
+        diverged=on_device(part.diverged),
         diagnostics=estimates.diagnostics,
         rows=problem.rows,
         cost=cost,
@@ -163,11 +163,7 @@ def part_of_chains(
     summary = Summary(*(xp.stack([xp.asarray(row[i]) for row in rows]) for i in range(4)))
     summary = summary._replace(mean=summary.mean + xp.tile(offsets, trace.shape[0]))
     diverged = xp.repeat(~alive, problem.num_rows, axis=0)
-    return Part(estimates, Summary(*map(_on_device, summary)), diverged)
-
-
-def _on_device(x: Any) -> Array:
-    return jax.device_put(x) if isinstance(x, np.ndarray) else x
+    return Part(estimates, Summary(*map(on_device, summary)), diverged)
 
 
 def _summarize_row(trace: Any, alive: Any, num_batches: int, antithetic: bool) -> Summary:

@@ -148,8 +148,8 @@ class Pathwise:
         """The response matrix."""
         if not run.sampler.needs_minibatch or run.sampler.gradients_per_step not in (None, 1):
             raise TypeError(
-                f"pathwise needs a sampler whose step is smooth, takes (key, state, minibatch) and "
-                f"asks for one gradient; {run.sampler.name} does not: use estimator=covariance()"
+                "pathwise needs a sampler whose step takes (key, state, minibatch), asks for one "
+                f"gradient and is smooth; {run.sampler.name} is not: use estimator=covariance()"
             )
         if self.antithetic:
             pairs = -(-run.plan.num_chains // 2)

@@ -259,13 +259,13 @@ def pad_lanes(tree: T, mesh: Mesh | None, at_once: int | None = None) -> T:
     """Copies of the last lane, until every device has as many, and whole blocks of them."""
     parts = axis_size(mesh, "chain")
 
-    def pad(leaf: Array) -> Array:
+    def pad(leaf: Any) -> Any:
         each = -(-leaf.shape[0] // parts)
         block = min(at_once or each, each)
         missing = -(-each // block) * block * parts - leaf.shape[0]
         if not missing:
             return leaf
-        return leaf[jnp.minimum(jnp.arange(leaf.shape[0] + missing), leaf.shape[0] - 1)]
+        return leaf[np.minimum(np.arange(leaf.shape[0] + missing), leaf.shape[0] - 1)]
 
     return jax.tree.map(pad, tree)
 
