@@ -23,18 +23,15 @@ import optax
 import pytest
 from checkpoint_program import DRIVERS
 from jaxtyping import config
-from test_sampling import doomed
+from support import Crash, doomed, interrupted, often, same, stop_after
 
 import jaxpattern as jp
-from jaxpattern.runtime.checkpoint import Stage
+from jaxpattern.runtime import host
+from jaxpattern.runtime.checkpoint import Stage, open_store
 from jaxpattern.runtime.fingerprint import differences, fingerprint
 
 PROGRAM = Path(program.__file__)
 KEPT = ("manifest.json", "lock")
-
-
-class Crash(Exception):
-    """Stands for a process that dies between two chunks."""
 
 
 @pytest.fixture(scope="module")
@@ -50,38 +47,6 @@ def wanted():
         return results[driver]
 
     return of
-
-
-def same(got, wanted):
-    got, wanted = map(jax.tree.leaves, (got, wanted))
-    for x, y in zip(got, wanted, strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
-
-
-def often(folder):
-    return jp.Checkpoint(folder, every_seconds=0)
-
-
-def stop_after(monkeypatch, saves):
-    """The process dies after that many calls of `save`, each of which saves."""
-    save, calls = Stage.save, []
-
-    def dying(stage, position, state):
-        save(stage, position, state)
-        calls.append(position)
-        if len(calls) == saves:
-            raise Crash
-
-    monkeypatch.setattr(Stage, "save", dying)
-    return calls
-
-
-def interrupted(monkeypatch, driver, folder, saves=3):
-    with monkeypatch.context() as patch:
-        stop_after(patch, saves)
-        with pytest.raises(Crash):
-            DRIVERS[driver](checkpoint=often(folder))
 
 
 def positions(folder):
@@ -127,6 +92,9 @@ def test_chunks_do_not_change_a_bit(driver, wanted, tmp_path, monkeypatch):
             start = end
 
     monkeypatch.setattr(Stage, "chunks", chunks)
+    monkeypatch.setattr(
+        host._Pace, "reach", lambda pace, position, total, steps: position + rng.randint(1, 3)
+    )
     crashes = 0
     while True:
         try:
@@ -142,8 +110,16 @@ def test_chunks_do_not_change_a_bit(driver, wanted, tmp_path, monkeypatch):
 
 def test_chunks_grow_until_they_take_their_time(tmp_path):
     """A run that is fast against the interval is cut into few chunks."""
-    with open_store(jp.Checkpoint(tmp_path, 60.0), "test") as store:
-        sizes = [b - a for a, b in store.stage("loop", 1000).chunks(0, 1000, 7)]
+    with host.host_for(
+        "test", checkpoint=jp.Checkpoint(tmp_path, 60.0), mesh=None, progress=False
+    ) as here:
+        sizes = []
+
+        def advance(state, a, b):
+            sizes.append(b - a)
+            return state + (b - a)
+
+        assert here.loop("loop", 1000, lambda: jnp.zeros(()), advance) == 1000
     assert sizes == [1, 2, 4, 8, 16, 32, 64, 128, 256, 489]
 
 
@@ -298,22 +274,22 @@ def test_killed_processes_of_every_driver(driver, wanted, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_stop(number, wanted, tmp_path, monkeypatch):
     """At the next boundary, although the interval is far from over."""
-    chunks = Stage.chunks
+    save, seen = Stage.save, []
 
-    def signalled(stage, start, stop, size):
-        for chunk in chunks(stage, start, stop, size):
-            if chunk[0] == 1:
-                os.kill(os.getpid(), number)
-            yield chunk
+    def signalled(stage, position, state):
+        seen.append(position)
+        if len(seen) == 2:
+            os.kill(os.getpid(), number)
+        save(stage, position, state)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "chunks", signalled)
+        patch.setattr(Stage, "save", signalled)
         with pytest.raises(jp.Interrupted, match=rf"{number.name}.*the same call goes on"):
             DRIVERS["llc"](checkpoint=tmp_path)
     assert signal.getsignal(number) is before
     (saved,) = positions(tmp_path).values()
-    assert saved == [3]
+    assert saved == seen[1:]
     same(DRIVERS["llc"](checkpoint=tmp_path), wanted("llc"))
 
 
@@ -354,7 +330,7 @@ def test_sigterm_of_a_process(tmp_path):
     if process.wait(timeout=120) == 0:
         pytest.skip("the run was over before the signal came")
     errors = (tmp_path / "errors").read_text()
-    assert "jaxpattern.runtime.checkpoint.Interrupted: the run was stopped by SIGTERM" in errors
+    assert "jaxpattern.runtime.folder.Interrupted: the run was stopped by SIGTERM" in errors
     last = int(lines(tmp_path / "log")[-1].split()[-1])
     assert positions(tmp_path / "run")["000-training"][-1] == last
 
@@ -419,7 +395,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     interrupted(monkeypatch, "train", tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(jp.CheckpointError, match="has format 99, this version reads 1"):
+    with pytest.raises(jp.CheckpointError, match="has format 99, this version reads 2"):
         DRIVERS["train"](checkpoint=tmp_path)
 
 

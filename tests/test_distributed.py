@@ -12,8 +12,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_checkpoint import interrupted, often
-from test_sampling import doomed
+from support import doomed, interrupted, near, often
 
 import jaxpattern as jp
 from jaxpattern import sampling
@@ -28,14 +27,6 @@ def on(count, **axes):
 
 def bits(result):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result)]
-
-
-def near(got, wanted, places=20):
-    """Equal up to some last places of float32, against the size of the array."""
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        size = np.nanmax(np.abs(y), initial=1e-30) if y.dtype.kind == "f" else 0
-        np.testing.assert_allclose(x, y, rtol=0, atol=places * 6e-8 * size)
 
 
 def collectives(text, *, within_loops):

@@ -11,7 +11,7 @@ import checkpoint_program as program
 import jax
 import numpy as np
 import pytest
-from test_distributed import near
+from support import near, same
 
 import jaxpattern as jp
 
@@ -73,11 +73,6 @@ def finish(processes, seconds=240):
 def leaves(folder, index):
     with np.load(folder / f"result-{index}.npz") as file:
         return [file[name] for name in file.files]
-
-
-def same(got, wanted):
-    for x, y in zip(got, map(np.asarray, jax.tree.leaves(wanted)), strict=True):
-        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
 
 
 @pytest.mark.parametrize(

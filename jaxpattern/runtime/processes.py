@@ -161,7 +161,10 @@ def from_first(function: Callable[[], bytes], error: type[E]) -> bytes:
 
 
 def _broadcast(message: bytes) -> bytes:
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(message), np.int32)))
+    # Without 64-bit types a number goes as two halves.
+    halves = np.asarray([len(message) >> 31, len(message) & (2**31 - 1)], np.int32)
+    high, low = map(int, multihost_utils.broadcast_one_to_all(halves))
+    length = high << 31 | low
     content = np.zeros(length, np.uint8)
     if jax.process_index() == 0:
         content = np.frombuffer(message, np.uint8)
