@@ -596,7 +596,7 @@ def test_the_code_of_a_users_module_and_class_tell_runs_apart(tmp_path, monkeypa
         seen.append(fingerprint(module=module, model=module.Model()))
     sys.modules.pop("users_model")
     changed = {line.split(":")[0] for line in differences(*seen)}
-    assert changed == {"module", "model.__call__"}
+    assert changed == {"module", "model.Model.__call__"}
 
 
 def test_settings_of_training_tell_runs_apart():

@@ -19,14 +19,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxpattern.losses import first_losses
 from jaxpattern.runtime import archive
-from jaxpattern.runtime.fingerprint import digest, fingerprint
+from jaxpattern.runtime.fingerprint import about, digest, fingerprint
 from jaxpattern.runtime.folder import (
     CheckpointError,
     CheckpointWarning,
@@ -42,6 +46,8 @@ from jaxpattern.runtime.folder import (
 from jaxpattern.runtime.mesh import is_first_process
 from jaxpattern.runtime.processes import from_first, largest
 from jaxpattern.validation import check_number, is_concrete
+
+_WITNESSES = 8
 
 State = TypeVar("State")
 
@@ -217,24 +223,24 @@ class Stage:
         """A checkpoint, or None and a warning where it is damaged."""
 
         def look() -> dict[str, Any]:
-            about = archive.read_about(path)
-            if about["run"] != self._store.run:
+            header = archive.read_about(path)
+            if header["run"] != self._store.run:
                 raise ValueError("it is of another run")
-            return about
+            return header
 
-        about, failure = _together(look)
-        if about is not None:
-            if about["position"] == self._total:
+        header, failure = _together(look)
+        if header is not None:
+            if header["position"] == self._total:
                 known = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(like))
                 like = self._final(like) if known else jax.eval_shape(self._final, like)
-            if about["leaves"] != archive.describe(like, self._lanes):
+            if header["leaves"] != archive.describe(like, self._lanes):
                 raise CheckpointError(
                     f"{self._folder} holds a state of other arrays than this run has; it was "
                     "written by another version of the program: use another folder"
                 )
-            state, failure = _together(lambda: archive.read(path, like, self._lanes, about))
+            state, failure = _together(lambda: archive.read(path, like, self._lanes, header))
             if failure is None:
-                return about["position"], state
+                return header["position"], state
         if is_first_process():
             warnings.warn(
                 f"the checkpoint {path} is damaged and left out ({short(failure)}); the one "
@@ -252,8 +258,8 @@ class Stage:
 
         def write() -> None:
             from_first(lambda: self._make_room(archive.size(state)), OSError)
-            about = {"run": self._store.run, "position": position}
-            archive.write(part, state, self._lanes, about)
+            header = {"run": self._store.run, "position": position}
+            archive.write(part, state, self._lanes, header)
 
         _, failure = _together(write)
         if failure is None:
@@ -297,13 +303,18 @@ def _together(function: Callable[[], Any]) -> tuple[Any, Any]:
 
 @contextmanager
 def open_store(
-    checkpoint: str | os.PathLike[str] | Checkpoint | None, driver: str, **arguments: Any
+    checkpoint: str | os.PathLike[str] | Checkpoint | None,
+    driver: str,
+    losses: Callable[[], np.ndarray] | None = None,
+    **arguments: Any,
 ) -> Iterator[Store | None]:
     """The store of one run, locked, with signals caught; without a folder none.
 
     Args:
         checkpoint: a folder, a `Checkpoint`, or None.
         driver: which function runs.
+        losses: some losses at the start, `[samples, ...]`, which tell runs apart where the code of
+            a loss cannot be followed; by default those of the argument `posterior`.
         arguments: all that its result depends on.
 
     Raises:
@@ -319,6 +330,11 @@ def open_store(
     check_not_traced(arguments)
     folder = Path(checkpoint.folder).absolute()
     lines = fingerprint(driver=driver, **arguments)
+    if losses is None and "posterior" in arguments:
+        start = arguments["posterior"]
+        losses = partial(first_losses, start.loss_fn, start.params, start.data)
+    if losses is not None:
+        lines["losses at the start"] = _witness(losses(), arguments)
     with ExitStack() as stack:
 
         def hold() -> bytes:
@@ -332,10 +348,21 @@ def open_store(
                 f"checkpoint folder {folder} is not seen by process {jax.process_index()}; take "
                 "one on a file system that all processes share"
             )
-        run = digest(json.dumps(lines, sort_keys=True).encode())
+        run = digest((folder / "manifest.json").read_bytes())
         store = Store(folder, float(checkpoint.every_seconds), run, writable)
         stack.enter_context(_signals(store))
         yield store
+
+
+def _witness(losses: np.ndarray, arguments: Any) -> str:
+    """The mean of the losses and some of them, as exactly as another machine repeats them."""
+    rows = losses.reshape(len(losses), -1).astype(np.float64)
+    known = np.isfinite(rows)
+    means = np.where(known, rows, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+    chosen = means[np.linspace(0, len(means) - 1, min(len(means), _WITNESSES)).astype(int)]
+    kinds = [x.dtype for x in jax.tree.leaves(arguments) if hasattr(x, "dtype")]
+    narrow = any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
+    return about([means.mean(), *chosen], 3e-2 if narrow else 1e-3)
 
 
 def check_not_traced(values: Any) -> None:
