@@ -70,12 +70,21 @@ def first_losses(loss_fn: LossFn, params: Params, batch: Batch) -> np.ndarray:
         return np.asarray(_losses_jit(loss_fn, params, head))
 
 
-def check_finite_losses(loss_fn: LossFn, params: Params, batch: Batch, num_samples: int) -> None:
-    """The losses of the first samples are finite at w*."""
+def check_finite_losses(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    num_samples: int,
+    weights: Array | None = None,
+) -> None:
+    """The losses of the first samples are finite at w*, but for those of weight 0."""
     if not all(map(is_concrete, jax.tree.leaves((params, batch)))):
         return
     losses = first_losses(loss_fn, params, batch)
-    finite = np.isfinite(losses.reshape(losses.shape[0], -1)).all(axis=1)
+    finite = np.isfinite(losses)
+    if weights is not None and is_concrete(weights):
+        finite |= np.asarray(weights[: len(losses)]) == 0
+    finite = finite.reshape(len(finite), -1).all(axis=1)
     if not finite.all():
         bad = np.flatnonzero(~finite)[:5].tolist()
         raise ValueError(

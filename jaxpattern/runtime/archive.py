@@ -99,8 +99,10 @@ def read(path: Path, like: Any, lanes: int | None, about: dict[str, Any]) -> Any
     keys = iter(about["keys"])
     restored = []
     for leaf, raw in zip(leaves, wanted, strict=True):
-        array = jnp.asarray(next(content)) if raw.size else jnp.zeros(raw.shape, raw.dtype)
-        array = _fill(array, raw, lanes)
+        if raw.size:
+            array = _fill(jnp.asarray(next(content)), raw, lanes)
+        else:
+            array = jax.device_put(np.zeros(raw.shape, raw.dtype), raw.sharding)
         if _is_key(leaf):
             array = jax.random.wrap_key_data(array, impl=next(keys))
         restored.append(array)
@@ -140,7 +142,7 @@ def _shared(leaf: Any) -> Any:
 def _fill(leaf: Array, like: jax.ShapeDtypeStruct, lanes: int | None) -> Array:
     """A leaf with copies of its last lane up to the length that the mesh needs."""
     if lanes is None or like.shape[0] <= lanes:
-        return leaf
+        return leaf if leaf.shape == like.shape else leaf[: like.shape[0]]
     index = np.minimum(np.arange(like.shape[0]), lanes - 1)
     return jax.jit(lambda x: x[index], out_shardings=like.sharding)(leaf)
 
