@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -48,6 +47,7 @@ from jaxpattern.validation import (
     check_typed_key,
     holds,
     is_concrete,
+    num_required,
 )
 
 _RECORDS = 20
@@ -142,7 +142,7 @@ def train(
     params, data, weights, given = take((params, data, weights, optimizer_state))
     run = _Run(
         loss_fn, optimizer, num_steps, batch_size, weighting, record_every, mesh,
-        _num_required(loss_fn) == 3,
+        num_required(loss_fn) == 3,
     )  # fmt: skip
     data = jax.tree.map(jnp.asarray, data)
     weighted = Minibatch(data, _check_run(run, seeds, params, data, weights, given))
@@ -185,16 +185,6 @@ def _mean_loss(state: _State, a: int, b: int) -> str:
     if not state.loss.is_fully_addressable:
         return ""
     return f"loss={float(jnp.mean(state.loss[..., a:b])):.3f}"
-
-
-def _num_required(function: Callable[..., Any]) -> int | None:
-    """Positional arguments without a default; None where nobody can tell."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some builtins have none
-        return None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters)
 
 
 def _check_run(
@@ -257,11 +247,11 @@ def _cause(run: _Run, state: _State, seeds: int | None, start: Params, weighted:
                 f"{told}: loss_fn is not finite at {where} for {len(rows)} samples of data, such "
                 f"as samples {rows[:5].tolist()}; mend them, or exclude them by weights of 0"
             )
-    if number > int(jnp.sum(~jnp.isfinite(state.loss))):
+    steep = number - int(jnp.sum(~jnp.isfinite(state.loss)))
+    if steep:
         return (
-            f"{told}: in {number - int(jnp.sum(~jnp.isfinite(state.loss)))} of them the loss was "
-            "finite and its gradient was not, as that of a square root at 0 is, or that of "
-            "losses too large"
+            f"{told}: in {steep} of them the loss was finite and its gradient was not, as that of "
+            "a square root at 0 is, or that of losses too large"
         )
     return (
         f"{told}, although the losses of all samples are finite at the start and at the end; a "

@@ -14,6 +14,7 @@ import pytest
 from support import near, same
 
 import jaxpattern as jp
+from jaxpattern.runtime import processes
 
 PROGRAM = Path(__file__).with_name("process_program.py")
 
@@ -173,3 +174,29 @@ def test_shares_must_divide():
         jp.from_processes(mesh, program.DATA)
     fed = jp.from_processes(mesh, np.arange(16.0, dtype=np.float32))
     np.testing.assert_array_equal(np.asarray(fed), np.arange(16.0))
+
+
+def test_messages_between_processes_may_pass_two_gibibytes(monkeypatch):
+    """As process 1 sees it: the length comes first, then as many bytes."""
+    length, sent = 2**31 + 2**30 + 5, []
+
+    def broadcast(content):
+        sent.append((content.dtype, content.shape))
+        return np.asarray([length >> 31, length & (2**31 - 1)], np.int32) if len(sent) == 1 else b""
+
+    class Zeros:
+        def __init__(self, size, dtype):
+            self.shape, self.dtype = (size,), np.dtype(dtype)
+
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(processes.np, "zeros", Zeros)
+    processes._broadcast(b"")
+    assert sent == [(np.int32, (2,)), (np.uint8, (length,))]
+
+
+@pytest.mark.parametrize("length", [0, 5, 2**31 - 1, 2**31, 2**33 + 2**31 - 1])
+def test_the_halves_of_a_length_make_it_up(length):
+    halves = processes._halves(length)
+    assert halves.dtype == np.int32
+    assert processes._whole(halves) == length
