@@ -52,12 +52,8 @@ from jaxpattern.restriction import (
     union,
 )
 from jaxpattern.results import ResultFileError, load, save
-from jaxpattern.runtime.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointWarning,
-    Interrupted,
-)
+from jaxpattern.runtime.checkpoint import Checkpoint
+from jaxpattern.runtime.folder import CheckpointError, CheckpointWarning, Interrupted
 from jaxpattern.runtime.mesh import is_first_process, mesh, shard_params
 from jaxpattern.runtime.processes import ProcessError, from_processes, start
 from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht

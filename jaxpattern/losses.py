@@ -63,14 +63,28 @@ def _check_losses(out: Any, num_samples: int, name: str) -> None:
         raise TypeError(f"{name} must return floating-point losses, got {out.dtype}")
 
 
-def check_finite_losses(loss_fn: LossFn, params: Params, batch: Batch, num_samples: int) -> None:
-    """The losses of the first samples are finite at w*."""
-    if not all(map(is_concrete, jax.tree.leaves((params, batch)))):
-        return
+def first_losses(loss_fn: LossFn, params: Params, batch: Batch) -> np.ndarray:
+    """The losses of the first samples, by a program that is compiled once per shape."""
     with jax.ensure_compile_time_eval():
         head = jax.tree.map(lambda x: x[:_CHECKED_SAMPLES], batch)
-        losses = np.asarray(_losses_jit(loss_fn, params, head))
-    finite = np.isfinite(losses.reshape(losses.shape[0], -1)).all(axis=1)
+        return np.asarray(_losses_jit(loss_fn, params, head))
+
+
+def check_finite_losses(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    num_samples: int,
+    weights: Array | None = None,
+) -> None:
+    """The losses of the first samples are finite at w*, but for those of weight 0."""
+    if not all(map(is_concrete, jax.tree.leaves((params, batch)))):
+        return
+    losses = first_losses(loss_fn, params, batch)
+    finite = np.isfinite(losses)
+    if weights is not None and is_concrete(weights):
+        finite |= np.asarray(weights[: len(losses)]) == 0
+    finite = finite.reshape(len(finite), -1).all(axis=1)
     if not finite.all():
         bad = np.flatnonzero(~finite)[:5].tolist()
         raise ValueError(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from jaxpattern.losses import check_finite_losses, check_loss, normalise_weights, widen
 from jaxpattern.restriction import Restriction, check_restriction
+from jaxpattern.runtime.mesh import take
 from jaxpattern.types import Batch, Losses, LossFn, Params, Position
 from jaxpattern.validation import (
     batch_length,
@@ -207,6 +208,7 @@ def localized_posterior(
     num_samples = batch_length("data", data)
     check_number("nbeta", nbeta, minimum=0.0, exclusive=True)
     check_number("localization", localization, minimum=0.0)
+    params, data, weights = take((params, data, weights))
     params, data = jax.tree.map(jnp.asarray, (params, data))
     shape, dtype = check_loss(loss_fn, params, data, num_samples)
     check_finite_losses(loss_fn, params, data, num_samples)

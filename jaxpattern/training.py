@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,14 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from jaxpattern.losses import check_finite_losses, check_loss, normalise_weights
+from jaxpattern.losses import (
+    check_finite_losses,
+    check_loss,
+    first_losses,
+    losses_in_chunks,
+    normalise_weights,
+)
+from jaxpattern.lottery import draw, make_lottery
 from jaxpattern.posterior import Minibatch
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
@@ -28,8 +36,9 @@ from jaxpattern.runtime.mesh import (
     pad_lanes,
     put,
     resolve_mesh,
+    take,
 )
-from jaxpattern.types import Batch, LossFn, Params
+from jaxpattern.types import Batch, Losses, LossFn, Params
 from jaxpattern.validation import (
     as_pytree_function,
     batch_length,
@@ -38,9 +47,11 @@ from jaxpattern.validation import (
     check_typed_key,
     holds,
     is_concrete,
+    num_required,
 )
 
 _RECORDS = 20
+_NOISE = 2**32 - 1  # the stream of a stochastic loss; no step has this number
 
 
 class History(NamedTuple):
@@ -51,12 +62,14 @@ class History(NamedTuple):
         step: steps after which `metrics` was evaluated, `[records]`, 0 the first.
         metrics: the pytree of `metrics(params)`, leaves `[records, ...]`.
         skipped: steps left out because their loss or gradient was not finite.
+        optimizer_state: that of the optimizer after the last step, to go on from.
     """
 
     loss: Float[Array, "*seeds steps"]
     step: Int[Array, "*seeds records"]
     metrics: PyTree[Array]
     skipped: Int[Array, "*seeds"]
+    optimizer_state: PyTree[Any]
 
 
 class _State(NamedTuple):
@@ -70,7 +83,7 @@ class _State(NamedTuple):
 
 def train(
     key: Key[Array, "*seeds"],
-    loss_fn: LossFn,
+    loss_fn: Callable[..., Losses],
     params: Params,
     data: Batch,
     optimizer: optax.GradientTransformation,
@@ -81,6 +94,7 @@ def train(
     weighting: Literal["loss", "sampling"] = "loss",
     metrics: Callable[[Params], PyTree[Array]] | None = None,
     record_every: int | None = None,
+    optimizer_state: PyTree[Any] | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     mesh: Mesh | None = None,
@@ -93,16 +107,20 @@ def train(
 
     Args:
         key: a typed key, or keys `[S]` for S seeds trained as one vmapped program.
-        loss_fn: pure function of weights and batch that returns `[B]` or `[B, T]` losses.
+        loss_fn: pure function of parameters and batch that returns `[B]` or `[B, T]` losses. A
+            third positional argument without a default is given a key, another one at each step,
+            for dropout and the like.
         params: where training starts; with S keys every leaf has a leading axis S.
         data: pytree of arrays with one leading sample axis.
         optimizer: an optax gradient transformation.
         num_steps: steps to take.
         batch_size: samples of a step.
-        weights: ρ of the shape of the losses. None is ρ = 1.
+        weights: ρ of the shape of the losses; zero excludes. None is ρ = 1.
         weighting: `"loss"` or `"sampling"`.
-        metrics: pure function of the weights, recorded along the way.
+        metrics: pure function of the parameters, recorded along the way.
         record_every: steps between records of `metrics`; by default a twentieth of the run.
+        optimizer_state: that of `optimizer` to start from, such as `history.optimizer_state` of a
+            run to be continued (with another key); None: a fresh one.
         progress: show a progress line. Without it the run is one pure function, to be vmapped.
         checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
             arguments after an interruption, it goes on from there to the same bits.
@@ -121,96 +139,152 @@ def train(
     """
     seeds = _check_train_key(key)
     mesh = resolve_mesh(mesh)
+    params, data, weights, given = take((params, data, weights, optimizer_state))
+    run = _Run(
+        loss_fn, optimizer, num_steps, batch_size, weighting, record_every, mesh,
+        num_required(loss_fn) == 3,
+    )  # fmt: skip
+    data = jax.tree.map(jnp.asarray, data)
+    weighted = Minibatch(data, _check_run(run, seeds, params, data, weights, given))
+    metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})
+    one = params if seeds is None else jax.tree.map(lambda x: x[0], params)
+    with host_for(
+        "train", checkpoint=checkpoint, mesh=mesh, progress=progress,
+        losses=partial(first_losses, run.losses, one, data),
+        key=key, params=params, data=data, weights=weighted.weights, metrics=metrics,
+        optimizer_state=given,
+        **{name: value for name, value in run._asdict().items() if name != "mesh"},
+    ) as host:  # fmt: skip
+        weighted, metrics = put((weighted, metrics), mesh)
+        lanes = (key, params, given)
+        if seeds is None:
+            key, params, given = put(lanes, mesh)
+        else:
+            key, params, given = put(pad_lanes(lanes, mesh), mesh, "chain")
+
+        def advance(state: _State, a: int, b: int) -> _State:
+            if not host.chunked:
+                return _advance(run, state, key, weighted, metrics, None, (a, b))
+            return _advance(run, state, key, weighted, metrics, loop_bounds(a, b, mesh))
+
+        state = host.loop(
+            "training", num_steps, partial(_start, run, params, metrics, seeds, given), advance,
+            lanes=seeds, note=_mean_loss,
+        )  # fmt: skip
+        if seeds is not None:
+            state = jax.tree.map(lambda leaf: leaf[:seeds], state)
+        state = fetch(state, mesh)
+    if is_concrete(state.skipped) and bool(jnp.any(state.skipped > 0)):
+        warnings.warn(_cause(run, state, seeds, one, weighted), stacklevel=2)
+    history = History(state.loss, state.step, state.metrics, state.skipped, state.optimizer)
+    return state.params, history
+
+
+def _mean_loss(state: _State, a: int, b: int) -> str:
+    """What the progress line says beside the time."""
+    if not state.loss.is_fully_addressable:
+        return ""
+    return f"loss={float(jnp.mean(state.loss[..., a:b])):.3f}"
+
+
+def _check_run(
+    run: _Run, seeds: int | None, params: Params, data: Batch, weights: Any, given: Any
+) -> Float[Array, "samples *tokens"]:
+    """What `train` takes, checked before any step; returns ρ, scaled to sum N."""
     check_params("params", params)
     num_samples = batch_length("data", data)
-    check_count("num_steps", num_steps, minimum=1)
-    check_count("batch_size", batch_size, minimum=1)
-    if batch_size > num_samples:
-        raise ValueError(f"batch_size must be at most the {num_samples} samples, got {batch_size}")
-    if weighting not in ("loss", "sampling"):
-        raise ValueError(f"weighting must be 'loss' or 'sampling', got {weighting!r}")
+    check_count("num_steps", run.num_steps, minimum=1)
+    check_count("batch_size", run.batch_size, minimum=1)
+    if run.batch_size > num_samples:
+        raise ValueError(
+            f"batch_size must be at most the {num_samples} samples, got {run.batch_size}"
+        )
+    parts = axis_size(run.mesh, "data")
+    if run.batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of {parts}, the size of the data axis of the mesh, "
+            f"got {run.batch_size}"
+        )
+    if run.weighting not in ("loss", "sampling"):
+        raise ValueError(f"weighting must be 'loss' or 'sampling', got {run.weighting!r}")
+    if run.record_every is not None:
+        check_count("record_every", run.record_every, minimum=1)
     if seeds is not None and batch_length("params", params) != seeds:
         raise ValueError(
             f"params must have a leading axis of {seeds}, one for each key, "
             f"got {batch_length('params', params)}"
         )
+    if given is not None:
+        start = run.optimizer.init if seeds is None else jax.vmap(run.optimizer.init)
+        wanted, got = (
+            jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), state)
+            for state in (jax.eval_shape(start, params), given)
+        )
+        if wanted != got:
+            raise ValueError(
+                f"optimizer_state must be one of optimizer for these params, {wanted}, got {got}"
+            )
     one = params if seeds is None else jax.tree.map(lambda x: x[0], params)
-    data = jax.tree.map(jnp.asarray, data)
-    shape, dtype = check_loss(loss_fn, one, data, num_samples)
-    check_finite_losses(loss_fn, one, data, num_samples)
-    if record_every is not None:
-        check_count("record_every", record_every, minimum=1)
-    weighted = Minibatch(data, normalise_weights(weights, shape, dtype))
-    if weighting == "sampling" and not holds(lambda x: x.min() >= 0, weighted.weights):
+    shape, dtype = check_loss(run.losses, one, data, num_samples)
+    rho = normalise_weights(weights, shape, dtype)
+    check_finite_losses(run.losses, one, data, num_samples, rho)
+    if run.weighting == "sampling" and not holds(lambda x: x.min() >= 0, rho):
         raise ValueError("weights must not be negative with weighting='sampling'")
+    return rho
 
-    if batch_size % axis_size(mesh, "data"):
-        raise ValueError(
-            f"batch_size must be a multiple of {axis_size(mesh, 'data')}, the size of the data "
-            f"axis of the mesh, got {batch_size}"
+
+def _cause(run: _Run, state: _State, seeds: int | None, start: Params, weighted: Minibatch) -> str:
+    """Why steps were left out, as far as it can be found out afterwards."""
+    number = int(jnp.sum(state.skipped))
+    end = state.params if seeds is None else jax.tree.map(lambda x: x[0], state.params)
+    told = f"{number} steps had a loss or gradient that was not finite and were left out"
+    for params, where in ((start, "params as they were given"), (end, "the trained parameters")):
+        losses = losses_in_chunks(run.losses, params, weighted.batch, min(64, run.batch_size))
+        bad = ~np.isfinite(np.asarray(losses)) & (np.asarray(weighted.weights) != 0)
+        rows = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))
+        if len(rows):
+            return (
+                f"{told}: loss_fn is not finite at {where} for {len(rows)} samples of data, such "
+                f"as samples {rows[:5].tolist()}; mend them, or exclude them by weights of 0"
+            )
+    steep = number - int(jnp.sum(~jnp.isfinite(state.loss)))
+    if steep:
+        return (
+            f"{told}: in {steep} of them the loss was finite and its gradient was not, as that of "
+            "a square root at 0 is, or that of losses too large"
         )
-    run = _Run(loss_fn, optimizer, num_steps, batch_size, weighting, record_every, mesh)
-    metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})
-    with host_for(
-        "train",
-        checkpoint=checkpoint,
-        mesh=mesh,
-        progress=progress,
-        key=key,
-        params=params,
-        data=data,
-        weights=weighted.weights,
-        metrics=metrics,
-        **{name: value for name, value in run._asdict().items() if name != "mesh"},
-    ) as host:
-        weighted, metrics = put((weighted, metrics), mesh)
-        along = () if seeds is None else ("chain",)
-        if seeds is not None:
-            key, params = pad_lanes((key, params), mesh)
-        key, params = put((key, params), mesh, *along)
+    return (
+        f"{told}, although the losses of all samples are finite at the start and at the end; a "
+        "smaller learning rate or other weights may avoid them"
+    )
 
-        def advance(state: _State, a: int, b: int) -> _State:
-            if host.chunked:
-                bounds = loop_bounds(a, b, mesh)
-                return _advance(run, state, key, weighted, metrics, bounds)
-            return _advance(run, state, key, weighted, metrics, None, (a, b))
 
-        def loss_of(state: _State, a: int, b: int) -> str:
-            seen = state.loss.is_fully_addressable
-            return f"loss={float(jnp.mean(state.loss[..., a:b])):.3f}" if seen else ""
+@dataclass(frozen=True)
+class _AtKey:
+    """A stochastic loss at one key."""
 
-        state = host.loop(
-            "training",
-            num_steps,
-            partial(_start, run, params, metrics, seeds),
-            advance,
-            final=lambda state: state._replace(optimizer=()),
-            lanes=seeds,
-            note=loss_of,
-        )
-        if seeds is not None:
-            state = jax.tree.map(lambda leaf: leaf[:seeds], state)
-        state = fetch(state, mesh)
-    skipped = state.skipped
-    if is_concrete(skipped) and bool(jnp.any(skipped > 0)):
-        warnings.warn(
-            f"{int(jnp.sum(skipped))} steps had a loss or gradient that was not finite and were "
-            "left out; a smaller learning rate or other weights avoid them",
-            stacklevel=2,
-        )
-    return state.params, History(state.loss, state.step, state.metrics, skipped)
+    loss_fn: Callable[..., Losses]
+
+    def __call__(self, params: Params, batch: Batch) -> Losses:
+        return self.loss_fn(params, batch, jax.random.key(0))
 
 
 class _Run(NamedTuple):
     """The static part of a training run."""
 
-    loss_fn: LossFn
+    loss_fn: Callable[..., Losses]
     optimizer: optax.GradientTransformation
     num_steps: int
     batch_size: int
     weighting: str
     record_every: int | None
     mesh: Mesh | None
+    stochastic: bool = False
+
+    @property
+    def losses(self) -> LossFn:
+        """The loss as a function of parameters and batch alone."""
+        return _AtKey(self.loss_fn) if self.stochastic else self.loss_fn
 
     @property
     def every(self) -> int:
@@ -223,15 +297,17 @@ class _Run(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _start(run: _Run, params: Params, metrics: Any, seeds: int | None) -> _State:
-    def one(params: Params) -> _State:
+def _start(
+    run: _Run, params: Params, metrics: Any, seeds: int | None, given: PyTree[Any] | None = None
+) -> _State:
+    def one(params: Params, given: PyTree[Any] | None) -> _State:
         first = jax.tree.map(jnp.asarray, metrics(params))
         records = jax.tree.map(
             lambda x: jnp.zeros((run.num_records, *x.shape), x.dtype).at[0].set(x), first
         )
         return _State(
             params=params,
-            optimizer=run.optimizer.init(params),
+            optimizer=run.optimizer.init(params) if given is None else given,
             loss=jnp.zeros(run.num_steps),
             step=jnp.zeros(run.num_records, jnp.int32),
             metrics=records,
@@ -239,8 +315,8 @@ def _start(run: _Run, params: Params, metrics: Any, seeds: int | None) -> _State
         )
 
     if seeds is None:
-        return one(params)
-    return over_lanes(lambda _, params: one(params), run.mesh)((), params)
+        return one(params, given)
+    return over_lanes(lambda _, *lane: one(*lane), run.mesh)((), params, given)
 
 
 @partial(jax.jit, static_argnames=("run", "static_bounds"))
@@ -272,14 +348,18 @@ def _steps(
     weighted, metrics, bounds = shared
     start, stop = static_bounds or bounds  # type: ignore[misc]
     row_weights = weighted.weights.reshape(weighted.weights.shape[0], -1).sum(axis=1)
-    cumulative = jnp.cumsum(row_weights)
+    # Samples without weight are never looked at: 0 · NaN is NaN, also in a derivative.
+    counted = jnp.argmax(row_weights != 0)
+    lottery = make_lottery(row_weights) if run.weighting == "sampling" else None
 
     def choose(key: Key[Array, ""]) -> Minibatch:
-        if run.weighting == "loss":
+        if lottery is None:
             index = jax.random.randint(key, (run.batch_size,), 0, row_weights.shape[0])
-            return jax.tree.map(lambda x: x[index], weighted)
-        level = jax.random.uniform(key, (run.batch_size,), maxval=cumulative[-1])
-        index = jnp.searchsorted(cumulative, level, side="right")
+            excluded = (weighted.weights[index] == 0).reshape(run.batch_size, -1).all(axis=1)
+            rows = jnp.where(excluded, counted, index)
+            batch = jax.tree.map(lambda x: x[rows], weighted.batch)
+            return Minibatch(batch, weighted.weights[index])
+        index = draw(key, lottery, run.batch_size)
         batch, weights = jax.tree.map(lambda x: x[index], weighted)
         rows = row_weights[index].reshape(-1, *(1,) * (weights.ndim - 1))
         return Minibatch(batch, weights / rows)
@@ -287,9 +367,11 @@ def _steps(
     def step(t: Array, state: _State) -> _State:
         batch, weights = cut(choose(jax.random.fold_in(key, t)), run.mesh, "data")
         total = jnp.sum(weights)
+        noise = jax.random.fold_in(jax.random.fold_in(key, _NOISE), t)
 
         def objective(params: Params) -> Array:
-            losses = run.loss_fn(params, batch).astype(weights.dtype)
+            losses = run.loss_fn(params, batch, *((noise,) if run.stochastic else ()))
+            losses = jnp.where(weights == 0, 0.0, losses.astype(weights.dtype))
             return jnp.sum(weights * losses) / jnp.where(total == 0, 1.0, total)
 
         loss, gradient = jax.value_and_grad(objective)(state.params)

@@ -110,6 +110,16 @@ def renamed(old: str, given: Any, new: str, value: Any) -> Any:
     return given
 
 
+def num_required(function: Callable[..., Any]) -> int | None:
+    """Positional arguments without a default; None where nobody can tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have none
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+
+
 def as_pytree_function(function: Callable) -> Callable:
     """A function as a pytree, so that it passes through `jit` as an argument."""
     leaves = jax.tree.leaves(function)

@@ -92,13 +92,13 @@ def main(driver, folder, log, result, every_seconds="0"):
 
     def logged_resume(stage, *args):
         position, state = resume(stage, *args)
-        record(log, f"resumed {stage._name} {position}")
+        record(log, f"resumed {stage.name} {position}")
         return position, state
 
     def logged_save(stage, position, state):
-        record(log, f"computed {stage._name} {position}")
+        record(log, f"computed {stage.name} {position}")
         save(stage, position, state)
-        record(log, f"passed {stage._name} {position}")
+        record(log, f"passed {stage.name} {position}")
 
     Stage.resume, Stage.save = logged_resume, logged_save
     checkpoint = jp.Checkpoint(folder, every_seconds=float(every_seconds))

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_checkpoint import interrupted, often
-from test_sampling import doomed
+from support import doomed, interrupted, near, often
 
 import jaxpattern as jp
 from jaxpattern import sampling
@@ -28,14 +28,6 @@ def on(count, **axes):
 
 def bits(result):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result)]
-
-
-def near(got, wanted, places=20):
-    """Equal up to some last places of float32, against the size of the array."""
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        size = np.nanmax(np.abs(y), initial=1e-30) if y.dtype.kind == "f" else 0
-        np.testing.assert_allclose(x, y, rtol=0, atol=places * 6e-8 * size)
 
 
 def collectives(text, *, within_loops):
@@ -374,6 +366,34 @@ def test_meshes_of_another_kind():
         program.sample(mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)))
     with pytest.raises(TypeError, match="mesh must be"):
         sampling.resolve_mesh("chain")
+
+
+def test_arrays_on_a_mesh_of_jax_are_taken():
+    """`jax.make_mesh` makes Explicit axes; arrays on them come without a mesh for the driver."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+    assert mesh.axis_types == (AxisType.Explicit,) * 2
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+    data = jnp.asarray(np.random.default_rng(1).normal(size=(8, WIDTH)), jnp.float32)
+    weights = jnp.arange(1.0, 9.0)
+    params = wide_posterior().params
+    cut_params = jax.tree.map(lambda x: place(x, None, "tensor"), params)
+    optimizer = optax.adam(1e-3)
+
+    def run(params, data, weights):
+        posterior = jp.localized_posterior(
+            wide_loss, params, data, nbeta=2.0, localization=10.0, weights=weights
+        )
+        plan = replace(PLAN, num_chains=2, num_batches=1)
+        lam = jp.llc(jax.random.key(1), posterior, program.SAMPLER, plan, progress=False)
+        trained, _ = jp.train(
+            jax.random.key(2), wide_loss, params, data, optimizer, num_steps=3, batch_size=4,
+            weights=weights, optimizer_state=optimizer.init(params), progress=False,
+        )  # fmt: skip
+        return lam.mean, trained
+
+    got = run(cut_params, place(data, "data"), place(weights, "data"))
+    near(got, run(params, data, weights), places=200)
+    assert got[1]["in"].sharding.spec == PartitionSpec(None, "tensor")
 
 
 def test_results_lie_on_the_first_device():

@@ -11,9 +11,10 @@ import checkpoint_program as program
 import jax
 import numpy as np
 import pytest
-from test_distributed import near
+from support import near, same
 
 import jaxpattern as jp
+from jaxpattern.runtime import processes
 
 PROGRAM = Path(__file__).with_name("process_program.py")
 
@@ -73,11 +74,6 @@ def finish(processes, seconds=240):
 def leaves(folder, index):
     with np.load(folder / f"result-{index}.npz") as file:
         return [file[name] for name in file.files]
-
-
-def same(got, wanted):
-    for x, y in zip(got, map(np.asarray, jax.tree.leaves(wanted)), strict=True):
-        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
 
 
 @pytest.mark.parametrize(
@@ -178,3 +174,29 @@ def test_shares_must_divide():
         jp.from_processes(mesh, program.DATA)
     fed = jp.from_processes(mesh, np.arange(16.0, dtype=np.float32))
     np.testing.assert_array_equal(np.asarray(fed), np.arange(16.0))
+
+
+def test_messages_between_processes_may_pass_two_gibibytes(monkeypatch):
+    """As process 1 sees it: the length comes first, then as many bytes."""
+    length, sent = 2**31 + 2**30 + 5, []
+
+    def broadcast(content):
+        sent.append((content.dtype, content.shape))
+        return np.asarray([length >> 31, length & (2**31 - 1)], np.int32) if len(sent) == 1 else b""
+
+    class Zeros:
+        def __init__(self, size, dtype):
+            self.shape, self.dtype = (size,), np.dtype(dtype)
+
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(processes.np, "zeros", Zeros)
+    processes._broadcast(b"")
+    assert sent == [(np.int32, (2,)), (np.uint8, (length,))]
+
+
+@pytest.mark.parametrize("length", [0, 5, 2**31 - 1, 2**31, 2**33 + 2**31 - 1])
+def test_the_halves_of_a_length_make_it_up(length):
+    halves = processes._halves(length)
+    assert halves.dtype == np.int32
+    assert processes._whole(halves) == length

@@ -7,15 +7,14 @@ or a χ² test at 1e-6.
 import warnings
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from blackjax.base import SamplingAlgorithm
-from jax.tree_util import Partial
 from scipy import stats
+from support import doomed
 
 import jaxpattern as jp
 from jaxpattern.losses import losses_in_chunks
@@ -43,34 +42,6 @@ def make(dtype=jnp.float32, **changes):
     settings = {"nbeta": 6.0, "localization": 4.0} | changes
     params = {"w": jnp.full((2, 2), 0.1, dtype)}
     return jp.localized_posterior(loss_fn, params, batch(dtype=dtype), **settings)
-
-
-class Doomed(NamedTuple):
-    """A chain, its steps so far, and the number that decides whether it is lost."""
-
-    position: dict
-    count: jax.Array
-    fate: jax.Array
-
-
-def doomed(*, step=0, share=0.0, step_size=0.02):
-    """SGLD in which a share of the chains, chosen by their keys, turn NaN at a step."""
-    return Partial(_doomed, step=step, share=share, step_size=step_size)
-
-
-def _doomed(posterior, *, step, share, step_size):
-    inner = jp.sgld(step_size=step_size)(posterior)
-
-    def init(position, key):
-        return Doomed(position, jnp.zeros((), jnp.int32), jax.random.uniform(key))
-
-    def advance(key, state, minibatch):
-        position = inner.step(key, state.position, minibatch)
-        lost = (state.count == step) & (state.fate < share)
-        position = jax.tree.map(lambda w: jnp.where(lost, jnp.nan, w), position)
-        return Doomed(position, state.count + 1, state.fate)
-
-    return SamplingAlgorithm(init, advance)
 
 
 def run(posterior, *, key=KEY, sampler=None, plan=PLAN, progress=False):

@@ -1,23 +1,31 @@
 """What a computation depends on, as lines of text that two processes can compare.
 
 A value becomes a dictionary path → description: numbers as they are, arrays by dtype, shape and a
-hash of their bytes, containers by their parts. A function is its name, and what it was made of:
-what it closes over, its defaults and bound arguments and, where it is not part of an installed
-package, a hash of its bytecode and the functions and values among its globals. A module is its
-name and a hash of its file. Installed packages are compared by version instead.
+hash of their bytes, containers by their parts. What a user wrote is followed: a function is a hash
+of its bytecode, with what it closes over, its defaults and the globals that it names; a module is
+a hash of its file, with those of its attributes that are named; an instance is its attributes and
+its class, a class all that stands in its body and in those of its parents. What is installed is a
+name, compared by version or by a hash of its file, with what it closes over.
+
+Names do not catch everything (what the environment says, what is looked up by a computed name), so
+a run also keeps some of its losses at w*, by `about`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
+import json
 import platform
 import re
+import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -31,21 +39,24 @@ from jaxpattern._version import __version__
 from jaxpattern.runtime.mesh import to_host
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_PACKAGES = ("jax", "jaxlib", "blackjax", "optax", "numpy")
+_CHECKERS = re.compile(r"<@beartype|[/\\](beartype|jaxtyping)[/\\]")  # their names hold addresses
+_ABOUT = "about "
+_LONGEST, _SHOWN = 400, 100  # characters of a path
+_WRAPPED = ("__wrapped__", "fun", "fwd", "bwd", "jvp")
+_PACKAGES = ("jax", "jaxlib", "blackjax", "optax", "flax", "numpy")
 _INSTALLED = tuple(
     Path(str(path)).resolve()
     for path in {
         *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
         *(metadata.distribution(name).locate_file("") for name in ("jax", "numpy")),
-        Path(__file__).parent,
+        Path(__file__).resolve().parents[1],
     }
 )
 
 
 def fingerprint(**arguments: Any) -> dict[str, str]:
     """Lines that say what the arguments are, and on what they are computed."""
-    describe = _Describer()
-    lines = dict(line for name, value in arguments.items() for line in describe(name, value))
+    lines = _describe(arguments)
     lines["platform"] = jax.default_backend()
     lines["python"] = ".".join(platform.python_version_tuple()[:2])
     lines["version of jaxpattern"] = __version__
@@ -56,13 +67,28 @@ def fingerprint(**arguments: Any) -> dict[str, str]:
     return lines
 
 
+def about(values: Any, tolerance: float) -> str:
+    """Numbers as a line that agrees with those of another machine, which rounds otherwise."""
+    numbers = [float(f"{x:.7g}") for x in np.ravel(np.asarray(values, np.float64))]
+    return f"{_ABOUT}{tolerance:g} {json.dumps(numbers)}"
+
+
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """What differs, a line a path."""
+    """What differs, one line per path."""
     return [
         f"{path}: {old.get(path, 'nothing')} there, {new.get(path, 'nothing')} here"
         for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path)
+        if not _agree(old.get(path, ""), new.get(path, ""))
     ]
+
+
+def _agree(old: str, new: str) -> bool:
+    if not (old.startswith(_ABOUT) and new.startswith(_ABOUT)):
+        return old == new
+    (tolerance, before), (_, after) = (line[len(_ABOUT) :].split(" ", 1) for line in (old, new))
+    x, y = (np.asarray(json.loads(numbers), np.float64) for numbers in (before, after))
+    size = np.nanmax(np.abs(x), initial=0.0)
+    return x.shape == y.shape and np.allclose(x, y, 0.0, float(tolerance) * size, equal_nan=True)
 
 
 def digest(*parts: bytes | memoryview) -> str:
@@ -84,112 +110,251 @@ def _array(value: Any) -> str:
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return f"key {jax.random.key_impl(value)} {_array(jax.random.key_data(value))}"
     array = to_host(value)
-    if array.dtype == object:
-        return _ADDRESS.sub("", repr(value))
     short = f" {array.tolist()}" if array.size <= 4 else f" {digest(array.tobytes())[:12]}"
     return f"{array.dtype}{list(array.shape)}{short}"
 
 
-class _Describer:
-    """Lines of values; of an object that comes again, only where it was first."""
+_Parts = Iterable[tuple[Any, Any]]
 
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[str, Any]] = {}  # holds what it saw: an id is not used twice
 
-    def __call__(self, path: str, value: Any) -> Iterator[tuple[str, str]]:
-        if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-            yield path, repr(value)
-        elif isinstance(value, jax.Array | np.ndarray | np.generic):
-            yield path, _array(value)
-        elif isinstance(value, types.BuiltinFunctionType):
-            yield path, f"{value.__module__} {value.__name__}"
-        elif isinstance(value, types.ModuleType):
-            source = b"" if _is_installed(value) else Path(str(value.__file__)).read_bytes()
-            yield path, f"{value.__name__} {digest(source)[:12]}" if source else value.__name__
-        elif id(value) in self._seen:
-            yield path, f"the same as {self._seen[id(value)][0]}"
+class _Attributes:
+    """Some attributes of a module: those that a function names."""
+
+    def __init__(self, module: types.ModuleType, names: set[str]) -> None:
+        self.module, self.names = module, names
+        self.identity = (id(module), frozenset(names))
+
+
+class _Leave:
+    """Marks in the list of what is to be described that a container is done."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _describe(arguments: dict[str, Any]) -> dict[str, str]:
+    """The lines of all that can be reached; without recursion, since structures may be deep."""
+    lines: dict[str, str] = {}
+    seen: dict[Any, tuple[str, Any]] = {}  # holds what it saw: an id is not used twice
+    around: dict[int, str] = {}  # containers that the current value lies in
+    todo: list[tuple[str, Any]] = list(reversed(arguments.items()))
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, _Leave):
+            around.pop(id(value.value))
+            continue
+        plain = _plain(value)
+        if plain is not None:
+            lines[path] = plain
+            continue
+        # Containers are told apart by what they hold; other things are described where they are
+        # met first.
+        if isinstance(value, tuple | list | Mapping):
+            known = around.get(id(value))
+            if known is None:
+                around[id(value)] = path
+                todo.append(("", _Leave(value)))
         else:
-            if not isinstance(value, tuple | list | Mapping):
-                self._seen[id(value)] = (path, value)
-            yield from self._compound(path, value)
+            who = value.identity if isinstance(value, _Attributes) else id(value)
+            known = seen[who][0] if who in seen else None
+            seen.setdefault(who, (path, value))
+        if known is not None:
+            lines[path] = f"the same as {known}"
+            continue
+        line, parts = _compound(value)
+        if line:
+            lines[path] = line
+        todo.extend(reversed([(_join(path, name), part) for name, part in parts]))
+    return lines
 
-    def _parts(self, path: str, named: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, str]]:
-        for name, part in named:
-            yield from self(f"{path}.{name}", part)
 
-    def _compound(self, path: str, value: Any) -> Iterator[tuple[str, str]]:
-        kind = type(value)
-        if isinstance(value, type):
-            yield path, f"{value.__module__}.{value.__qualname__}"
-            if not _is_installed(inspect.getmodule(value)):
-                methods = sorted((n, f) for n, f in vars(value).items() if inspect.isfunction(f))
-                yield from self._parts(path, methods)
-        elif isinstance(value, partial):  # and jax.tree_util.Partial
-            yield from self(path, value.func)
-            yield from self._parts(path, enumerate(value.args))
-            yield from self._parts(path, sorted(value.keywords.items()))
-        elif isinstance(value, types.MethodType):
-            yield from self(path, value.__func__)
-            yield from self(f"{path}.self", value.__self__)
-        elif isinstance(value, Mapping):
-            yield path, f"{len(value)} entries"
-            yield from self._parts(path, value.items())
-        elif isinstance(value, tuple | list):
-            yield path, f"{kind.__qualname__} of {len(value)}"
-            names = getattr(value, "_fields", range(len(value)))
-            yield from self._parts(path, zip(names, value, strict=True))
-        elif isinstance(value, set | frozenset):
-            yield path, f"set {sorted(map(repr, value))}"
-        elif callable(value) and isinstance(inspect.unwrap(value), types.FunctionType):
-            yield from self._function(path, inspect.unwrap(value))
-        elif dataclasses.is_dataclass(value):
-            yield path, f"{kind.__module__}.{kind.__qualname__}"
-            fields = dataclasses.fields(value)
-            yield from self._parts(path, ((f.name, getattr(value, f.name)) for f in fields))
-            yield from self._call(path, kind)
-        elif hasattr(value, "__dict__") and not _is_installed(inspect.getmodule(kind)):
-            yield path, kind.__qualname__
-            yield from self._parts(path, sorted(vars(value).items()))
-            yield from self._call(path, kind)
-        else:
-            yield path, _ADDRESS.sub("", repr(value))
-            leaves = jax.tree_util.tree_leaves_with_path(value)
-            named = ((jax.tree_util.keystr(where), leaf) for where, leaf in leaves)
-            yield from self._parts(path, (pair for pair in named if pair[1] is not value))
+def _join(path: str, name: Any) -> str:
+    """The path of a part; without a name, that of the whole."""
+    if name is None:
+        return path
+    path = f"{path}.{_ADDRESS.sub('', str(name))}"
+    return path if len(path) < _LONGEST else f"{path[:_SHOWN]}…{digest(path.encode())}"
 
-    def _function(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, str]]:
-        code = function.__code__
-        installed = _is_installed(code)
+
+def _plain(value: Any) -> str | None:
+    """The line of a value without parts."""
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return repr(value)
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and value.dtype != object:
+        return _array(value)
+    if isinstance(value, types.BuiltinFunctionType):
+        return f"{value.__module__} {value.__name__}"
+    return None
+
+
+def _compound(value: Any) -> tuple[str, _Parts]:
+    """What a value is, and its parts by name; those without a name are what it stands for."""
+    kind = type(value)
+    if isinstance(value, types.ModuleType):
+        return _module(value), ()
+    if isinstance(value, _Attributes):
+        known = {} if _is_installed(value.module) else vars(value.module)
+        parts = [(n, _within(known[n], value.names)) for n in sorted(value.names & known.keys())]
+        return _module(value.module), parts
+    if isinstance(value, type):
+        return _class(value)
+    if isinstance(value, partial):  # and jax.tree_util.Partial
+        return "", [(None, value.func), *enumerate(value.args), *sorted(value.keywords.items())]
+    if isinstance(value, types.MethodType):
+        return "", [(None, value.__func__), ("self", value.__self__)]
+    if isinstance(value, Mapping):
+        return f"{len(value)} entries", [*value.items(), *_own_class(kind)]
+    if isinstance(value, tuple | list):
+        names = getattr(value, "_fields", range(len(value)))
+        parts = [*zip(names, value, strict=True), *_own_class(kind)]
+        return f"{kind.__qualname__} of {len(value)}", parts
+    if isinstance(value, set | frozenset):
+        return f"set {sorted(_ADDRESS.sub('', repr(x)) for x in value)}", ()
+    if isinstance(value, np.ndarray):
+        return f"object{list(value.shape)}", enumerate(value.ravel().tolist())
+    if isinstance(value, types.FunctionType):
+        return _function(value)
+    if isinstance(value, property):
+        return "property", [("get", value.fget)]
+    if isinstance(value, classmethod | staticmethod):
+        return "", [(None, value.__func__)]
+    if isinstance(value, functools.cached_property | functools.partialmethod):
+        return kind.__name__, [(n, x) for n, x in sorted(vars(value).items()) if n != "lock"]
+    if callable(value) and not _own_class(kind):  # jit, custom_vjp, lru_cache
+        wrapped = [(n, getattr(value, n)) for n in _WRAPPED if hasattr(value, n)]
+        if wrapped:
+            return kind.__qualname__, wrapped
+    return _instance(value, kind)
+
+
+def _module(module: types.ModuleType) -> str:
+    file = getattr(module, "__file__", None)
+    if file is None or _is_installed(module):
+        return module.__name__
+    return f"{module.__name__} {_hash_file(file)}"
+
+
+def _within(value: Any, names: set[str]) -> Any:
+    """A module only as far as it is named."""
+    return _Attributes(value, names) if isinstance(value, types.ModuleType) else value
+
+
+def _class(kind: type) -> tuple[str, _Parts]:
+    if not _own_class(kind):
+        return f"{kind.__module__}.{kind.__qualname__}{_foreign(kind.__module__)}", ()
+    parents = [(base.__name__, base) for base in kind.__bases__ if base is not object]
+    body = [(n, x) for n, x in sorted(vars(kind).items()) if _is_written(n, x)]
+    return kind.__qualname__, body + parents
+
+
+def _is_written(name: str, value: Any) -> bool:
+    """Whether it stands in the body of a class; else Python or a decorator put it there."""
+    if not (name.startswith("__") and name.endswith("__")):
+        return name != "_abc_impl"
+    return isinstance(value, types.FunctionType) and value.__code__.co_filename != "<string>"
+
+
+def _own_class(kind: type) -> list[tuple[str, type]]:
+    """The class of an instance, where a user wrote it."""
+    return [] if _is_installed(sys.modules.get(kind.__module__)) else [(kind.__name__, kind)]
+
+
+def _instance(value: Any, kind: type) -> tuple[str, _Parts]:
+    name, own = f"{kind.__module__}.{kind.__qualname__}", _own_class(kind)
+    state = dict(getattr(value, "__dict__", {}))
+    for slot in (n for base in kind.__mro__ for n in _slots(base)):
+        with contextlib.suppress(AttributeError):
+            state[slot] = getattr(value, slot)
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+        more = {n: x for n, x in state.items() if own and not n.startswith("_")}
+        return name, [*sorted((_kept(more, kind) | fields).items()), *own]
+    if own or isinstance(value, types.SimpleNamespace | argparse.Namespace):
+        if isinstance(value, int | float | str | bytes):  # with a name, as in an enumeration
+            name = f"{name} {value!r}"
+        return name, [*sorted(_kept(state, kind).items()), *own]
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    parts = [(jax.tree_util.keystr(where), leaf) for where, leaf in leaves if leaf is not value]
+    code = [(n, x) for n, x in sorted(state.items()) if isinstance(x, types.FunctionType)]
+    return _ADDRESS.sub("", repr(value)), parts + code
+
+
+def _kept(state: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Attributes without what a property has only stored: it may be asked for later."""
+    cached = functools.cached_property
+    return {
+        name: part
+        for name, part in state.items()
+        if not isinstance(inspect.getattr_static(kind, name, None), cached)
+    }
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _function(function: types.FunctionType) -> tuple[str, _Parts]:
+    code = function.__code__
+    if _CHECKERS.search(code.co_filename) and hasattr(function, "__wrapped__"):
+        return "", [(None, function.__wrapped__)]
+    installed = _is_installed(code)
+    known: dict[str, Any] = {}
+    for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            known[variable] = cell.cell_contents
+    if installed:
         name = f"{function.__module__}.{function.__qualname__}"
-        yield path, name if installed else f"{function.__qualname__} code {_hash_code(code)[:12]}"
-        known: dict[str, Any] = {}
-        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # not assigned yet
-                known[variable] = cell.cell_contents
-        if not installed:
-            looked_up = _names(code) & function.__globals__.keys()
-            known |= {name: function.__globals__[name] for name in looked_up}
-            known |= {f"default {i}": x for i, x in enumerate(function.__defaults__ or ())}
-            known |= function.__kwdefaults__ or {}
-        yield from self._parts(path, sorted(known.items()))
+        return name + _foreign(function.__module__), sorted(known.items())
+    names = _names(code)
+    known |= {n: function.__globals__[n] for n in names & function.__globals__.keys()}
+    known |= {f"default {i}": x for i, x in enumerate(function.__defaults__ or ())}
+    known |= function.__kwdefaults__ or {}
+    known |= {n: x for n, x in vars(function).items() if not n.startswith("__")}
+    parts = [(n, _within(x, names)) for n, x in sorted(known.items())]
+    return f"{function.__qualname__} code {_hash_code(code)[:12]}", parts
 
-    def _call(self, path: str, kind: type) -> Iterator[tuple[str, str]]:
-        """What instances of a user's own class do when they are called."""
-        call = getattr(kind, "__call__", None)  # noqa: B004
-        if isinstance(call, types.FunctionType) and not _is_installed(call.__code__):
-            yield from self(f"{path}.__call__", call)
+
+def _foreign(module: str | None) -> str:
+    """A hash of the file of what is installed, unless a version stands for it already."""
+    top = (module or "").partition(".")[0]
+    file = getattr(sys.modules.get(module or ""), "__file__", None)
+    if file is None or top in (*_PACKAGES, "jaxpattern") or top in sys.stdlib_module_names:
+        return ""
+    return f" {_hash_file(file)}"
 
 
 def _is_installed(what: types.CodeType | types.ModuleType | None) -> bool:
     """Whether it is part of an installed package, this one included, or built in."""
-    name = what.co_filename if isinstance(what, types.CodeType) else getattr(what, "__file__", None)
-    return name is None or any(Path(name).resolve().is_relative_to(p) for p in _INSTALLED)
+    if isinstance(what, types.CodeType):
+        return what.co_filename.startswith("<frozen") or _lies_installed(what.co_filename)
+    if what is None or what.__name__ == "__main__":
+        return False
+    places = [getattr(what, "__file__", None), *getattr(what, "__path__", ())]
+    known = [place for place in places if place is not None]
+    return not known or _lies_installed(known[0])
+
+
+@functools.cache
+def _lies_installed(file: str) -> bool:
+    return any(Path(file).resolve().is_relative_to(folder) for folder in _INSTALLED)
+
+
+def _hash_file(file: str) -> str:
+    with contextlib.suppress(OSError):
+        return digest(Path(file).read_bytes())[:12]
+    return ""
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Names that a function looks up, inner functions included."""
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    """Names that a function may look up, inner functions included: also those in strings."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names(constant)
+        elif isinstance(constant, str):
+            names.add(constant)
+    return names
 
 
 def _hash_code(code: types.CodeType) -> str:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -177,6 +178,7 @@ def host_for(
     checkpoint: str | os.PathLike[str] | Checkpoint | None,
     mesh: Mesh | None,
     progress: bool,
+    losses: Callable[[], np.ndarray] | None = None,
     **arguments: Any,
 ) -> Iterator[Host]:
     """The host of one call of a driver; its folder is locked, and signals are caught.
@@ -188,6 +190,9 @@ def host_for(
         checkpoint: a folder, a `Checkpoint`, or None.
         mesh: a mesh with axes of `jaxpattern.mesh`; None: the current one, or one device.
         progress: show a progress line.
+        losses: some losses at the start, `[samples, ...]`, which with a folder tell runs apart
+            where the code of a loss cannot be followed; by default those of the argument
+            `posterior`.
         arguments: all that the result of the driver depends on.
 
     Raises:
@@ -198,5 +203,5 @@ def host_for(
     """
     mesh = resolve_mesh(mesh)
     shown = progress and all(map(is_concrete, jax.tree.leaves(arguments)))
-    with open_store(checkpoint, driver, **arguments) as store:
+    with open_store(checkpoint, driver, losses, **arguments) as store:
         yield Host(mesh, store, shown)

@@ -147,6 +147,25 @@ def loop_bounds(start: int, stop: int, mesh: Mesh | None) -> tuple[Array, Array]
     return put((jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)), mesh)
 
 
+def take(tree: T) -> T:
+    """What a user brings, without arrays on a mesh with Explicit axes.
+
+    A mesh of `jax.make_mesh` has such axes by default, and what is cut over them fails in sums,
+    products and gathers. Each device keeps the part that it has; only the type of the axes changes.
+    """
+
+    def one(leaf: Any) -> Any:
+        here = leaf.sharding if isinstance(leaf, jax.Array) and is_concrete(leaf) else None
+        if not isinstance(here, NamedSharding) or AxisType.Explicit not in here.mesh.axis_types:
+            return leaf
+        assert isinstance(here.mesh, Mesh)
+        names = here.mesh.axis_names
+        mesh = Mesh(here.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
+        return jax.device_put(leaf, NamedSharding(mesh, here.spec, memory_kind=here.memory_kind))
+
+    return jax.tree.map(one, tree)
+
+
 def put_rows(name: str, tree: T, mesh: Mesh | None) -> T:
     """A batch, cut along its samples over `data`.
 

@@ -161,11 +161,21 @@ def from_first(function: Callable[[], bytes], error: type[E]) -> bytes:
 
 
 def _broadcast(message: bytes) -> bytes:
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(message), np.int32)))
+    length = _whole(multihost_utils.broadcast_one_to_all(_halves(len(message))))
     content = np.zeros(length, np.uint8)
     if jax.process_index() == 0:
         content = np.frombuffer(message, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes()
+
+
+def _halves(number: int) -> np.ndarray:
+    """A number of up to 62 bits as two of 31: without 64-bit types no other passes through JAX."""
+    return np.asarray([number >> 31, number & (2**31 - 1)], np.int32)
+
+
+def _whole(halves: np.ndarray) -> int:
+    high, low = map(int, halves)
+    return high << 31 | low
 
 
 def largest(*values: float) -> tuple[float, ...]:
