@@ -84,9 +84,7 @@ class Checkpoint:
 class Store:
     """The folder of one run, its clock, and the signals that came."""
 
-    def __init__(
-        self, folder: Path | None = None, every: float = 0.0, run: str = "", writable: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, every: float, run: str, writable: bool = True) -> None:
         self.folder, self.every, self.run, self.writable = folder, every, run, writable
         self.signal = 0
         self._last_save = time.monotonic()
@@ -147,7 +145,7 @@ class Stage:
     ) -> None:
         self.name = name
         self._store, self._total, self._final, self._lanes = store, total, final, lanes
-        self._folder: Any = store.folder / name if store.folder is not None else None
+        self._folder = store.folder / name
 
     def resume(self, start: Callable[[], State], mesh: Mesh | None = None) -> tuple[int, State]:
         """The newest state that can be read, with its position; else the start, at 0.
@@ -155,8 +153,6 @@ class Stage:
         A state goes where the start lies on the mesh, with lanes to fill up its devices. That of a
         complete stage is `final` of the last.
         """
-        if self._folder is None:
-            return 0, start()
         names = json.loads(from_first(self._names, CheckpointError))
         # On a mesh the start says where arrays lie; without one its shapes are enough.
         like = (start() if mesh is not None else jax.eval_shape(start)) if names else None
@@ -173,8 +169,6 @@ class Stage:
 
     def save(self, position: int, state: Any) -> None:
         """Save the state if it is complete or it is time; or if a signal came, and then stop."""
-        if self._folder is None:
-            return
         done = position == self._total
         number, due = self._store.due()
         if not (done or number or due):
@@ -188,26 +182,8 @@ class Stage:
 
     def drop_history(self) -> None:
         """Keep only the last checkpoint of a stage that is complete."""
-        if self._folder is not None and is_first_process():
+        if is_first_process():
             prune(self._folder, 1)
-
-    @property
-    def saves(self) -> bool:
-        """Whether there is a folder to save to."""
-        return self._folder is not None
-
-    def chunks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-        """Pieces of [start, stop): of a size, or with a folder of a time."""
-        size = 1 if self._folder is not None else size
-        while start < stop:
-            end, before = min(start + size, stop), time.monotonic()
-            yield start, end
-            (elapsed,) = largest(time.monotonic() - before)
-            if self._folder is not None:
-                size = (
-                    2 * size if elapsed < min(2.0, self._store.every / 2) / 2 else max(1, size // 2)
-                )
-            start = end
 
     def _names(self) -> bytes:
         return json.dumps([path.name for path in checkpoints(self._folder)]).encode()
