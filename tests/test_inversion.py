@@ -14,7 +14,8 @@ from jax.tree_util import Partial
 from oracles import inversion as oracle
 
 from jaxpattern.inversion import (
-    UnreachableTarget,
+    UnreachableTargetWarning,
+    WeightsWarning,
     box,
     entropic,
     least_norm,
@@ -98,7 +99,7 @@ def to_target(shift):
 def solve_quietly(*args, **kwargs):
     """The intervention, whether or not it reaches its target."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnreachableTarget)
+        warnings.simplefilter("ignore", UnreachableTargetWarning)
         return solve_weights(*args, **kwargs)
 
 
@@ -185,7 +186,7 @@ def test_ridge_solves_its_normal_equations(x64):
     shift = np.random.default_rng(5).normal(size=4)
     energy = matrix * mass @ matrix.T
     noise = np.diag((NBETA**2 * flat(response.stderr, 1) ** 2) @ mass)
-    for method, penalty in [(ridge(7.0), 7.0 * np.eye(4)), (ridge(), noise)]:
+    for method, penalty in [(ridge(tau=7.0), 7.0 * np.eye(4)), (ridge(), noise)]:
         change = matrix.T @ np.linalg.solve(energy + penalty, shift)
         result = solve_quietly(response, to_target(shift), method=method)
         np.testing.assert_allclose(flat(result.weights) - 1, change, atol=1e-12)
@@ -194,7 +195,7 @@ def test_ridge_solves_its_normal_equations(x64):
 def test_automatic_ridge_halves_a_direction_of_equal_signal_and_noise(x64):
     chi = np.ones((1, NUM_COLUMNS)) * np.where(np.arange(NUM_COLUMNS) % 2, 1.0, -1.0)
     response = make_response(chi=chi, stderr=1.0)
-    with pytest.warns(UnreachableTarget, match=r"50\.0% of the target.*'row0' gets 1 of 2"):
+    with pytest.warns(UnreachableTargetWarning, match=r"50\.0% of the target.*'row0' gets 1 of 2"):
         result = solve_weights(response, {"row0": 2.0})
     np.testing.assert_allclose(result.reached, 0.5, rtol=1e-12)
     np.testing.assert_allclose(result.residual["row0"], 1.0, rtol=1e-12)
@@ -319,7 +320,7 @@ def test_a_target_out_of_reach_is_approached(dtype, method, size):
         # Positive columns: with weights that sum to 1, or are bounded, a row moves only so far.
         chi = np.abs(np.random.default_rng(0).normal(size=(3, NUM_COLUMNS)))
         response = make_response(chi=chi, dtype=dtype)
-        with pytest.warns(UnreachableTarget, match="'row0' gets"):
+        with pytest.warns(UnreachableTargetWarning, match="'row0' gets"):
             result = solve_weights(response, to_target([-size, size, 0.0]), method=method)
     for leaf in jax.tree.leaves(result._replace(half_cosine=0.0, predicted_stderr={})):
         assert np.all(np.isfinite(leaf))
@@ -343,7 +344,7 @@ def test_an_unreachable_box_is_as_near_as_can_be(x64):
 
 @pytest.mark.parametrize(
     "method",
-    [least_norm(), ridge(0.0), truncated(rank=2), box(), entropic()],
+    [least_norm(), ridge(tau=0.0), truncated(rank=2), box(), entropic()],
     ids=["least_norm", "ridge", "truncated", "box", "entropic"],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -352,7 +353,7 @@ def test_rows_that_contradict_each_other_meet_in_the_middle(method, dtype):
         chi = np.random.default_rng(0).normal(size=(3, NUM_COLUMNS))
         chi[1] = chi[0]
         response = make_response(chi=chi, dtype=dtype)
-        with pytest.warns(UnreachableTarget):
+        with pytest.warns(UnreachableTargetWarning):
             result = solve_weights(response, to_target([3.0, 1.0, 0.0]), method=method)
     for name in ("row0", "row1"):
         np.testing.assert_allclose(result.predicted_shift[name], 2.0, rtol=0.01)
@@ -364,14 +365,14 @@ def test_a_row_that_nothing_moves_is_reported(x64):
     chi[1] = 0.0
     response = make_response(chi=chi)
     for method in (least_norm(), ridge(), box(), entropic()):
-        with pytest.warns(UnreachableTarget, match="'row1' gets 0 of 1"):
+        with pytest.warns(UnreachableTargetWarning, match="'row1' gets 0 of 1"):
             result = solve_weights(response, to_target(np.ones(3)), method=method)
         assert np.all(np.isfinite(flat(result.weights)))
         assert float(result.reached) < 0.01
 
 
 def test_a_reached_target_does_not_warn(x64):
-    for method in (least_norm(), box(), entropic(), ridge(1e-6)):
+    for method in (least_norm(), box(), entropic(), ridge(tau=1e-6)):
         result = solve_weights(make_response(), to_target(SHIFT), method=method)
         np.testing.assert_allclose(result.reached, 1.0, rtol=1e-6)
 
@@ -624,17 +625,17 @@ def test_responses_and_settings_can_be_vmapped(x64):
 
     def solve(leaves, tau):
         response = jax.tree.unflatten(structure, leaves)
-        return solve_weights(response, to_target(SHIFT), method=ridge(tau))
+        return solve_weights(response, to_target(SHIFT), method=ridge(tau=tau))
 
     mapped = jax.vmap(solve)([jnp.stack(pair) for pair in zip(*leaves, strict=True)], taus)
     for i, response in enumerate(responses):
-        one = solve_quietly(response, to_target(SHIFT), method=ridge(float(taus[i])))
+        one = solve_quietly(response, to_target(SHIFT), method=ridge(tau=float(taus[i])))
         np.testing.assert_allclose(mapped.weights["code"][i], one.weights["code"], atol=1e-12)
 
 
 def test_settings_do_not_compile_again():
     for one, other in [
-        (ridge(0.1), ridge(0.2)),
+        (ridge(tau=0.1), ridge()),
         (truncated(rank=1), truncated(rank=2)),
         (box(upper=2.0, tau=1.0), box(lower=0.5)),
         (entropic(noise=1.0), entropic()),
@@ -681,7 +682,7 @@ def test_a_method_of_ones_own(x64):
         (lambda r: truncated(rank=0), ValueError, "rank must be at least 1, got 0"),
         (lambda r: truncated(rank=1.5), TypeError, "rank"),
         (lambda r: truncated(threshold=-1.0), ValueError, "threshold.*at least 0"),
-        (lambda r: ridge(-1.0), ValueError, "tau must be finite and at least 0, got -1"),
+        (lambda r: ridge(tau=-1.0), ValueError, "tau must be finite and at least 0, got -1"),
         (lambda r: box(tau=-1.0), ValueError, "tau must be"),
         (lambda r: entropic(noise=-1.0), ValueError, "noise must be"),
         (lambda r: box(lower=1.0, upper=1.0), ValueError, "lower must be below upper"),
@@ -726,6 +727,6 @@ def test_a_method_of_the_noise_needs_noise(method):
 
 @pytest.mark.parametrize("stderr", [0.0, np.nan])
 def test_other_methods_do_without_noise(x64, stderr):
-    for method in (ridge(0.1), truncated(rank=3), least_norm(), box(), entropic()):
+    for method in (ridge(tau=0.1), truncated(rank=3), least_norm(), box(), entropic()):
         result = solve_weights(make_response(stderr=stderr), to_target(SHIFT), method=method)
         np.testing.assert_allclose(result.predicted_shift["row0"], SHIFT[0], rtol=0.01)
