@@ -48,7 +48,7 @@ class Intervention:
         max_weight: largest ρ.
         min_weight: smallest ρ.
         half_cosine: cosine between the changes ρ − 1 that the two halves of the draws lead to,
-            each under the noise of half the draws. NaN where the response has no halves.
+            under the same ridge. NaN where the response has no halves.
         dual: row → ν, the price of its shift; 0 for a row that was left free.
         converged: whether the method found its answer up to rounding.
         mass: probe set → share q of the data of each column, as in `Response`.
