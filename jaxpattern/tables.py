@@ -80,11 +80,11 @@ def html(describe: Callable[[Any], Page], result: Any) -> str:
 
 def measured(value: float, error: float | None = None) -> str:
     """`value ± error`, the error to two digits; `± ?` where it is not known."""
-    value = float(value)
-    if error is None or not math.isfinite(error):
+    value, error = float(value), math.nan if error is None else float(error)
+    if not math.isfinite(error):
         return f"{value:.3g} ± ?"
     if not math.isfinite(value) or error <= 0:
-        return f"{value:.3g} ± {float(error):.2g}"
+        return f"{value:.3g} ± {error:.2g}"
     top = math.floor(math.log10(max(abs(value), error)))
     place = 1 - math.floor(math.log10(error))
     if -4 <= top < 6 and place <= 7:

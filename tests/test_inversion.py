@@ -199,7 +199,7 @@ def test_ridge_solves_its_normal_equations(x64):
     noise = np.diag((NBETA**2 * flat(response.stderr, 1) ** 2) @ mass)
     for method, penalty in [
         (ridge(tau=7.0), 7.0 * np.eye(4)),
-        (ridge(), 0.3 * noise),
+        (ridge(), 0.1 * noise),
         (ridge(noise=1.0), noise),
         (ridge(tau=7.0, noise=2.0), 7.0 * np.eye(4) + 2 * noise),
     ]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from jaxpattern.inversion.intervention import Intervention, compose_weights
 from jaxpattern.inversion.methods import (
-    NOISE_SHARE,
     InversionMethod,
     Solution,
     box,
@@ -17,7 +16,6 @@ from jaxpattern.inversion.methods import (
 from jaxpattern.inversion.solve import UnreachableTargetWarning, WeightsWarning, solve_weights
 
 __all__ = [
-    "NOISE_SHARE",
     "Intervention",
     "InversionMethod",
     "Solution",
