@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html as _html
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from jaxpattern.validation import is_concrete
 
 MAX_ROWS = 12
-MAX_WIDTH = 110
+MAX_WIDTH = 100
 
 
 class Grid(NamedTuple):
@@ -57,10 +58,12 @@ def refuse_unreadable(title: str, tree: Any, scalar: Any) -> None:
 def text(describe: Callable[[Any], Page], result: Any) -> str:
     """The page in lines of text."""
     page = _page(describe, result)
-    lines = [page.title]
+    lines = textwrap.wrap(page.title, MAX_WIDTH)
     for grid in page.grids:
-        lines += _lines(grid)
-    return "\n".join([*lines, *page.notes])
+        lines += _lines(_cut(grid, MAX_ROWS // len(page.grids)))
+    for note in page.notes:
+        lines += textwrap.wrap(note, MAX_WIDTH)
+    return "\n".join(lines)
 
 
 def html(describe: Callable[[Any], Page], result: Any) -> str:
@@ -68,7 +71,7 @@ def html(describe: Callable[[Any], Page], result: Any) -> str:
     page = _page(describe, result)
     parts = [f"<p><b>{_html.escape(page.title)}</b></p>"]
     for grid in page.grids:
-        cut = _cut(grid)
+        cut = _cut(grid, MAX_ROWS // len(page.grids))
         for tag, rows in (("th", [cut.header]), ("td", cut.rows)):
             cells = [[f"<{tag}>{_html.escape(cell)}</{tag}>" for cell in row] for row in rows]
             rows_html = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
@@ -83,7 +86,7 @@ def measured(value: float, error: float | None = None) -> str:
     value, error = float(value), math.nan if error is None else float(error)
     if not math.isfinite(error):
         return f"{value:.3g} ± ?"
-    if not math.isfinite(value) or error <= 0:
+    if not math.isfinite(value) or error <= 1e-6 * abs(value):
         return f"{value:.3g} ± {error:.2g}"
     top = math.floor(math.log10(max(abs(value), error)))
     place = 1 - math.floor(math.log10(error))
@@ -114,7 +117,11 @@ def llc(result: Any) -> Page:
     ]
     if float(result.mean) < 0:
         notes.append("Negative: the parameters are not at a minimum of this loss.")
-    return Page(f"{title} λ̂ = {measured(result.mean, result.stderr)} (no unit)", (), tuple(notes))
+    return Page(
+        f"{title} λ̂ = {measured(float(result.mean), float(result.stderr))} (no unit)",
+        (),
+        tuple(notes),
+    )
 
 
 def history(result: Any) -> Page:
@@ -169,13 +176,13 @@ def _page(describe: Callable[[Any], Page], result: Any) -> Page:
         return Page(f"{type(result).__name__}: holds no numbers")
 
 
-def _cut(grid: Grid) -> Grid:
-    """At most `MAX_ROWS` rows and `MAX_WIDTH` characters; what is left out is an ellipsis."""
+def _cut(grid: Grid, most: int) -> Grid:
+    """At most so many rows and `MAX_WIDTH` characters; what is left out is an ellipsis."""
     rows = [list(row) for row in grid.rows]
     header = list(grid.header)
-    if len(rows) > MAX_ROWS:
-        left = len(rows) - MAX_ROWS + 1
-        rows = [*rows[: MAX_ROWS - 1], [f"… {left} more", *[""] * (len(header) - 1)]]
+    if len(rows) > most:
+        left = len(rows) - most + 1
+        rows = [*rows[: most - 1], [f"… {left} more", *[""] * (len(header) - 1)]]
     widths = [max(len(cell) for cell in column) + 2 for column in zip(header, *rows, strict=True)]
     if sum(widths) > MAX_WIDTH and len(header) > 3:
         keep = 1
@@ -189,8 +196,7 @@ def _cut(grid: Grid) -> Grid:
 
 def _lines(grid: Grid) -> list[str]:
     """Cells padded to columns, the first to the left."""
-    cut = _cut(grid)
-    cells = [list(cut.header), *map(list, cut.rows)]
+    cells = [list(grid.header), *map(list, grid.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(

@@ -25,6 +25,7 @@ from jaxpattern import tables
         (0.5, np.nan, "0.5 ± ?"),
         (np.nan, 0.1, "nan ± 0.1"),
         (0.5, 0.0, "0.5 ± 0"),
+        (0.0996, 2e-9, "0.0996 ± 2e-09"),
     ],
 )
 def test_values_with_errors(value, error, said):
@@ -73,10 +74,9 @@ def test_big_results_are_cut():
     response = make_response(60, shapes=shapes, halves=True)
     for result in (response, solve_quietly(response, {"row0": 0.1})):
         lines = str(result).splitlines()
-        assert len(lines) <= 35
-        assert all(len(line) <= 260 for line in lines)
+        assert len(lines) <= 22
+        assert all(len(line) <= tables.MAX_WIDTH for line in lines)
         assert any("… " in line and "more" in line for line in lines)
-    assert len(str(response).splitlines()) <= 20
 
 
 def test_what_cannot_be_read_is_said():
@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_said():
     assert "a stack of 2" in str(solutions)
     with pytest.raises(ValueError, match="stack of several"):
         solutions.over({name: np.zeros(s) for name, s in (("code", 5), ("prose", 9))})
-    assert tables.text(tables.llc, llc()._replace(mean=object())).endswith("holds no numbers")
+    assert tables.text(tables.llc, llc()._replace(mean=object())).endswith("no numbers")
 
 
 def test_pages_of_other_results():
