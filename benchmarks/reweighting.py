@@ -101,7 +101,7 @@ class Mixtures:
             jax.random.key(1), posterior, jp.sgld(step_size=settings.step_size), settings.measure,
             observables=self.observables, probes=probes, estimator=estimator, progress=False,
         )  # fmt: skip
-        with warnings.catch_warnings(action="ignore", category=jp.UnreachableTarget):
+        with warnings.catch_warnings(action="ignore", category=jp.UnreachableTargetWarning):
             solution = jp.solve_weights(
                 jp.group_mean(response), {self.lower: -0.002, self.hold: 0.0}, method=jp.entropic()
             )

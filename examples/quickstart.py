@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     clock.stage(f"3. the mixture that lowers {lower!r} by {args.by:g} nats and holds {hold!r}")
     # The entropic method stays closest to equal parts, with every weight above 0 and of mean 1.
     target = {lower: -args.by, hold: 0.0}
-    with warnings.catch_warnings(action="ignore", category=jp.UnreachableTarget):
+    with warnings.catch_warnings(action="ignore", category=jp.UnreachableTargetWarning):
         solution = jp.solve_weights(response, target, method=jp.entropic())
     mixture = {s: float(solution.weights[s]) for s in sources}
     for name, weight in mixture.items():

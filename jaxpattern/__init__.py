@@ -8,8 +8,10 @@ from jaxpattern.inversion import (
     Intervention,
     InversionMethod,
     Solution,
-    UnreachableTarget,
+    UnreachableTargetWarning,
+    WeightsWarning,
     box,
+    compose_weights,
     entropic,
     least_norm,
     ridge,
@@ -33,7 +35,7 @@ from jaxpattern.lm.tokens import (
     format_tokens,
     mean_by_token,
 )
-from jaxpattern.observables import excess_loss, mean_loss
+from jaxpattern.observables import excess_loss, mean_loss, mean_losses
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
@@ -87,13 +89,15 @@ __all__ = [
     "Sweep",
     "TokenInContext",
     "TokenMean",
-    "UnreachableTarget",
+    "UnreachableTargetWarning",
+    "WeightsWarning",
     "box",
     "by_mask",
     "by_path",
     "by_slice",
     "complement",
     "components",
+    "compose_weights",
     "coordinates",
     "covariance",
     "entropic",
@@ -113,6 +117,7 @@ __all__ = [
     "mala",
     "mean_by_token",
     "mean_loss",
+    "mean_losses",
     "mesh",
     "pathwise",
     "prefix_matching_score",
@@ -138,3 +143,12 @@ __all__ = [
     "truncated",
     "union",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Old names, with a warning."""
+    if name == "UnreachableTarget":
+        from jaxpattern import inversion
+
+        return getattr(inversion, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

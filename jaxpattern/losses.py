@@ -101,20 +101,34 @@ def _losses_jit(loss_fn: LossFn, params: Params, batch: Batch) -> Losses:
 def normalise_weights(
     weights: Array | np.ndarray | None, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Float[Array, "samples *tokens"]:
-    """ρ scaled to sum N."""
+    """ρ scaled to sum N, whatever scale and dtype it comes in."""
     if weights is None:
         return jnp.full(shape, shape[0] / math.prod(shape), dtype)
     kind = weights.dtype if hasattr(weights, "dtype") else np.asarray(weights).dtype
     if not any(jnp.issubdtype(kind, real) for real in (jnp.floating, jnp.integer, bool)):
         raise TypeError(f"weights must be real numbers, got {kind}")
-    weights = jnp.asarray(weights, dtype)
-    if weights.shape != shape:
+    if np.shape(weights) != shape:
         raise ValueError(
-            f"weights must have the shape of the losses, {list(shape)}, got {list(weights.shape)}"
+            f"weights must have the shape of the losses, {list(shape)}, got "
+            f"{list(np.shape(weights))}"
         )
+    if is_concrete(weights) and not isinstance(weights, jax.Array):
+        # Only ratios count: brought to largest 1 in their own precision, before they are narrowed.
+        own = np.asarray(weights)
+        own = own.astype(np.promote_types(own.dtype, np.float64) if own.dtype.isbuiltin else "f8")
+        if not np.isfinite(own).all():
+            raise ValueError("weights must be finite, got NaN or infinity among them")
+        weights = own / (np.max(np.abs(own)) or 1.0)
+        weights = jnp.asarray(weights, dtype)
+    else:
+        weights = jnp.asarray(weights)
+        if not holds(lambda x: jnp.all(jnp.isfinite(x)), weights):
+            raise ValueError("weights must be finite, got NaN or infinity among them")
+        wide = jnp.promote_types(weights.dtype, dtype)
+        weights = weights.astype(wide)
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights)))
+        weights = (weights / jnp.where(largest > 0, largest, 1)).astype(dtype)
     total = jnp.sum(weights)
-    if not holds(lambda x: jnp.all(jnp.isfinite(x)), weights):
-        raise ValueError("weights must be finite, got NaN or infinity among them")
     if not holds(lambda x: jnp.sum(x) > 0, weights):
         raise ValueError(f"weights must have a positive sum, got {float(total):g}")
     return weights * (shape[0] / total)

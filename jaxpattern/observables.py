@@ -1,7 +1,8 @@
-"""Observables: scalar functions φ of the weights whose posterior expectations are steered."""
+"""Observables: scalar functions φ of the parameters whose posterior expectations are steered."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -43,7 +44,7 @@ def mean_loss(
     """The observable φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a batch.
 
     Args:
-        loss_fn: pure function of weights and batch that returns `[B]` or `[B, T]` losses.
+        loss_fn: pure function of parameters and batch that returns `[B]` or `[B, T]` losses.
         batch: pytree of arrays with one leading sample axis.
         weights: ρ of the shape of the losses; zero excludes. None is all ones.
         chunk: samples evaluated at a time, where memory is short.
@@ -59,6 +60,39 @@ def mean_loss(
     if chunk is not None:
         check_count("chunk", chunk, minimum=1)
     return MeanLoss(batch=batch, weights=weights, loss_fn=loss_fn, chunk=chunk)
+
+
+def mean_losses(
+    loss_fn: LossFn,
+    batches: Mapping[str, Batch],
+    *,
+    weights: Mapping[str, Shaped[Array | np.ndarray, "samples *tokens"]] | None = None,
+    chunk: int | None = None,
+) -> dict[str, MeanLoss]:
+    """One `mean_loss` per batch, under its name: what `susceptibilities` takes as observables.
+
+    Args:
+        loss_fn: pure function of parameters and batch that returns `[B]` or `[B, T]` losses.
+        batches: name → pytree of arrays with one leading sample axis.
+        weights: name → ρ of the shape of that batch's losses, for some or all names.
+        chunk: samples evaluated at a time, where memory is short.
+
+    Raises:
+        TypeError: `batches` is no mapping.
+        ValueError: it is empty, or `weights` names other batches; and as for `mean_loss`.
+    """
+    if not isinstance(batches, Mapping):
+        raise TypeError(f"batches must map names to batches, got {type(batches).__name__}")
+    if not batches:
+        raise ValueError("batches is empty; give at least one")
+    weights = weights or {}
+    unknown = sorted(set(weights) - set(batches))
+    if unknown:
+        raise ValueError(f"weights names {unknown}, the batches are {list(batches)}")
+    return {
+        name: mean_loss(loss_fn, batch, weights=weights.get(name), chunk=chunk)
+        for name, batch in batches.items()
+    }
 
 
 @jax.tree_util.register_dataclass
@@ -91,9 +125,9 @@ def excess_loss(
     """The observable φ(w) = L(w) − L(w*), the standard one of a component.
 
     Args:
-        loss_fn: pure function of weights and batch that returns `[B]` or `[B, T]` losses.
+        loss_fn: pure function of parameters and batch that returns `[B]` or `[B, T]` losses.
         batch: the samples that L averages.
-        params: w*.
+        params: w*, the parameters at which it is zero.
         weights: ρ of the shape of the losses.
         chunk: samples evaluated at a time, where memory is short.
     """

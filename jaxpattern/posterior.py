@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
+from jaxpattern import tables
 from jaxpattern.losses import check_finite_losses, check_loss, normalise_weights, widen
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.runtime.mesh import take
@@ -84,6 +85,14 @@ class Posterior:
     restriction: Restriction | None
     loss_fn: LossFn = field(metadata={"static": True})
     mirror: Float[Array, "..."] | None = None
+
+    def __str__(self) -> str:
+        return tables.text(tables.posterior, self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return tables.html(tables.posterior, self)
 
     @property
     def num_samples(self) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxpattern._version import __version__
 from jaxpattern.inversion.intervention import Intervention
 from jaxpattern.llc import LocalLearningCoefficient
+from jaxpattern.response.columns import Columns
 from jaxpattern.response.result import Response
 from jaxpattern.runtime.fingerprint import digest
 from jaxpattern.validation import is_concrete
@@ -44,11 +45,14 @@ _UNITS: dict[type, dict[str, str]] = {
     },
     Intervention: {
         "weights": "ρ, 1 is the weight a sample has now",
+        "cross_fitted_shift": "observable",
+        "cross_fitted_stderr": "observable",
         "predicted_shift": "observable",
         "predicted_stderr": "observable",
         "residual": "observable",
         "effective_sample_size": "samples",
         "negative_share": "share of the data",
+        "mass": "share of the data, sum 1",
     },
     LocalLearningCoefficient: {
         "mean": "none",
@@ -187,6 +191,9 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
         # Of types that NumPy files do not know (bfloat16) the bytes are kept.
         arrays[name] = array if array.dtype.isbuiltin else np.frombuffer(array.tobytes(), np.uint8)
         return {"array": name, "dtype": str(array.dtype), "shape": list(array.shape)}
+    if isinstance(value, Columns):
+        parts = {name: _encode(getattr(value, name), path, arrays) for name in _names(Columns)}
+        return {"columns": parts}
     return {"tuple": list(value)} if isinstance(value, tuple) else {"value": value}
 
 
@@ -200,7 +207,14 @@ def _decode(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
         array = array.reshape(value["shape"])
         # float64 stays so, even where JAX would make it float32.
         return array if array.dtype != jax.dtypes.canonicalize_dtype(dtype) else jnp.asarray(array)
-    return tuple(value["tuple"]) if "tuple" in value else value["value"]
+    if "columns" in value:
+        return Columns(**{name: _decode(part, arrays) for name, part in value["columns"].items()})
+    return _as_tuple(value["tuple"]) if "tuple" in value else value["value"]
+
+
+def _as_tuple(values: list[Any]) -> tuple[Any, ...]:
+    """JSON has lists only."""
+    return tuple(_as_tuple(value) if isinstance(value, list) else value for value in values)
 
 
 def _checksum(header: str, arrays: Mapping[str, np.ndarray]) -> str:

@@ -63,9 +63,9 @@ def check_number(name: str, value: Any, *, minimum: float, exclusive: bool = Fal
     if not is_concrete(value):
         return
     number = float(value)
-    wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
+    wanted = f" and {'above' if exclusive else 'at least'} {minimum:g}" if minimum > -np.inf else ""
     if not np.isfinite(number) or number < minimum or (exclusive and number == minimum):
-        raise ValueError(f"{name} must be finite and {wanted}, got {number:g}")
+        raise ValueError(f"{name} must be finite{wanted}, got {number:g}")
 
 
 def check_count(name: str, value: Any, *, minimum: int) -> None:

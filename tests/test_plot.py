@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import jaxpattern as jp
 from jaxpattern import plot
-from jaxpattern.inversion.intervention import solve_weights
+from jaxpattern.inversion import solve_weights
 
 SOURCES = ("prose", "code", "tables")
 
@@ -79,7 +79,7 @@ def test_response_matrix_wants_a_grouped_response():
 
 @pytest.mark.parametrize("columns", [(), (5,), (5, 4)])
 def test_weights_are_bars(columns):
-    solution = solve_weights(make_response(columns), {"prose": -1e-3}, method=jp.ridge(0.0))
+    solution = solve_weights(make_response(columns), {"prose": -1e-3}, method=jp.ridge(tau=0.0))
     figure = render(plot.weights(solution))
     assert len(figure.axes[0].patches) == 3
     means = [f"{float(jnp.mean(solution.weights[s])):.2f}" for s in SOURCES]
@@ -102,7 +102,7 @@ def test_figures_fit_axes_that_are_given():
     left, middle, right = figure.subplots(1, 3)
     response = make_response()
     assert plot.response_matrix(response, ax=left) is figure
-    solution = solve_weights(response, {"prose": -1e-3}, method=jp.ridge(0.0))
+    solution = solve_weights(response, {"prose": -1e-3}, method=jp.ridge(tau=0.0))
     assert plot.weights(solution, ax=middle) is figure
     assert plot.shifts(solution.predicted_shift, {"prose": 0.0, "code": 0.0}, ax=right) is figure
     render(figure)

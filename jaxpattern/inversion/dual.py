@@ -1,10 +1,11 @@
-"""The dual of a weighting problem: a smooth convex function of one number a row, and its root.
+"""The dual of a weighting problem: a smooth convex function of one number per row, and its root.
 
 Weights ρ = 1 + s that stay as close to 1 as a penalty Ω measures, subject to a shift of K rows,
 
     min_s Ω(s)  s.t.  Σ_j q_j A_kj s_j = dμ_k,
 
-are q_j s_j = ∂Ω*/∂u_j at u = Aᵀν, where ν ∈ R^K minimises the dual
+with Σ_j q_j s_j = 0 always (the loss divides by the mean weight, so only weights of mean 1 have a
+meaning), are q_j s_j = ∂Ω*/∂u_j at u = Aᵀν, where ν ∈ R^K minimizes the dual
 
     J(ν) = Ω*(Aᵀν) − νᵀ dμ + ½ νᵀ T ν,
 
@@ -29,6 +30,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _MAX_PLAIN_STEPS = 30
 _MAX_STEPS = 130
 _MAX_HALVINGS = 40
+_MAX_BISECTIONS = 100
 
 
 @runtime_checkable
@@ -43,37 +45,90 @@ class Link(Protocol):
 
 
 class Box(NamedTuple):
-    """Ω = ½ Σ_j q_j s_j² with least ≤ s ≤ most: s = clip(u, least, most)."""
+    """Ω = ½ Σ_j q_j s_j² with least ≤ s ≤ most and Σ_j q_j s_j = 0.
+
+    s = clip(u − c, least, most), with c the number that makes the mean of s zero.
+    """
 
     least: Any
     most: Any
 
     def change(self, field: Array, mass: Array) -> Array:
-        bound = jnp.where(field <= self.least, self.least, self.most)
-        return jnp.where(self._inside(field), field, bound)
+        shifted = field - self._offset(field, mass)
+        bound = jnp.where(shifted <= self.least, self.least, self.most)
+        return jnp.where(self._inside(shifted), shifted, bound)
 
     def hessian(self, matrix: Array, field: Array, mass: Array) -> Array:
-        return gram(matrix, jnp.where(self._inside(field), mass, 0.0))
+        # du − dc on the columns within bounds, with dc the mean of du over them.
+        inside = jnp.where(self._inside(field - self._offset(field, mass)), mass, 0.0)
+        total = jnp.sum(inside)
+        mean = jnp.matmul(matrix, inside, precision=_HIGHEST) / jnp.where(total > 0, total, 1.0)
+        return gram(matrix - mean[:, None], inside)
 
-    def _inside(self, field: Array) -> Array:
-        inside: Array = (field > self.least) & (field < self.most)
+    def _inside(self, shifted: Array) -> Array:
+        inside: Array = (shifted > self.least) & (shifted < self.most)
         return inside
+
+    def _offset(self, field: Array, mass: Array) -> Array:
+        """c. Its derivative is that of one Newton step from the root, which is the exact one."""
+        root = self._root(*jax.lax.stop_gradient((field, mass)))
+        mean, inside = self._mean(root, field, mass)
+        inside = jax.lax.stop_gradient(inside)
+        return root + jnp.where(inside > 0, mean / jnp.where(inside > 0, inside, 1.0), 0.0)
+
+    def _mean(self, offset: Array, field: Array, mass: Array) -> tuple[Array, Array]:
+        """Σ q clip(u − c), which falls in c, and the mass of the columns within bounds."""
+        shifted = field - offset
+        inside = self._inside(shifted)
+        bound = jnp.where(shifted <= self.least, self.least, self.most)
+        change = jnp.where(inside, shifted, bound)
+        counted = jnp.where(mass > 0, mass * jnp.where(mass > 0, change, 0.0), 0.0)
+        return jnp.sum(counted), jnp.sum(jnp.where(inside, mass, 0.0))
+
+    def _root(self, field: Array, mass: Array) -> Array:
+        """Newton steps on a piecewise linear function, bisection where one leaves the bracket."""
+        box = jax.lax.stop_gradient(self)
+        eps = jnp.finfo(field.dtype).eps
+        used = mass > 0
+        low = jnp.min(jnp.where(used, field, jnp.inf))
+        high = jnp.max(jnp.where(used, field, -jnp.inf))
+        # As least ≤ 0 ≤ most, the mean is ≥ 0 at the smallest u and ≤ 0 at the largest.
+        start = jnp.clip(jnp.sum(mass * field) / jnp.sum(mass), low, high)
+
+        def unfinished(state: tuple[Array, ...]) -> Array:
+            low, high, _, mean, step = state
+            wide = high - low > 4 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+            return wide & (mean != 0) & (step < _MAX_BISECTIONS)
+
+        def narrow(state: tuple[Array, ...]) -> tuple[Array, ...]:
+            low, high, offset, mean, step = state
+            low = jnp.where(mean >= 0, offset, low)
+            high = jnp.where(mean <= 0, offset, high)
+            _, inside = box._mean(offset, field, mass)
+            newton = offset + mean / jnp.where(inside > 0, inside, 1.0)
+            good = (inside > 0) & (newton > low) & (newton < high) & (step % 3 < 2)
+            offset = jnp.where(good, newton, low + (high - low) / 2)
+            return low, high, offset, box._mean(offset, field, mass)[0], step + 1
+
+        first = (low, high, start, box._mean(start, field, mass)[0], jnp.zeros((), jnp.int32))
+        final: tuple[Array, ...] = jax.lax.while_loop(unfinished, narrow, first)
+        return final[2]
 
 
 class Entropic(NamedTuple):
     """Ω = Σ_j q_j ρ_j log ρ_j with Σ_j q_j s_j = 0: ρ_j = exp(u_j) / Σ_i q_i exp(u_i)."""
 
     def change(self, field: Array, mass: Array) -> Array:
-        change: Array = jnp.expm1(field - _log_mean_exp(field, mass))
+        change: Array = jnp.expm1(_log_weights(field, mass))
         return change
 
     def hessian(self, matrix: Array, field: Array, mass: Array) -> Array:
-        share = mass * jnp.exp(field - _log_mean_exp(field, mass))
+        share = mass * jnp.exp(_log_weights(field, mass))
         mean = jnp.matmul(matrix, share, precision=_HIGHEST)
         return gram(matrix - mean[:, None], share)
 
 
-class Problem(NamedTuple):
+class DualProblem(NamedTuple):
     """What J is made of.
 
     Attributes:
@@ -112,8 +167,8 @@ class Iterate(NamedTuple):
 
 
 @jax.custom_jvp
-def dual_root(problem: Problem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]:
-    """The minimiser ν of J by damped Newton steps, and whether ∇J vanishes there up to rounding.
+def dual_root(problem: DualProblem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]:
+    """The minimizer ν of J by damped Newton steps, and whether ∇J vanishes there up to rounding.
 
     Each step costs one K×K Gram matrix; the line search runs on u and its direction alone. Rows
     are brought to unit length where sizes are compared, so their units do not matter.
@@ -137,7 +192,7 @@ def dual_root(problem: Problem) -> tuple[Float[Array, " rows"], Bool[Array, ""]]
         relaxation=jnp.maximum(jnp.max(jnp.abs(unit * problem.shift)), 1.0)
     )
 
-    def relaxed(now: Iterate) -> Problem:
+    def relaxed(now: Iterate) -> DualProblem:
         return problem._replace(ridge=jnp.maximum(problem.ridge, now.relaxation / unit**2))
 
     def error(now: Iterate) -> Array:
@@ -209,18 +264,26 @@ def solve_positive(
     return (unit * jax.scipy.linalg.cho_solve(factor, unit * widest(vector))).astype(vector.dtype)
 
 
-def _log_mean_exp(field: Array, mass: Array) -> Array:
-    """log Σ_j q_j exp(u_j), exact to first order where all u are small."""
-    top = jax.lax.stop_gradient(jnp.max(field))
-    excess = jnp.sum(mass * jnp.expm1(field - top))
+def _log_weights(field: Array, mass: Array) -> Array:
+    """u_j − log Σ_i q_i exp(u_i), exact to first order where all u are small.
+
+    The largest u is taken off first: out of reach u may be 1e6, and a logarithm added to that and
+    taken off again loses the mean of the weights.
+    """
+    used = mass > 0
+    top = jax.lax.stop_gradient(jnp.max(jnp.where(used, field, -jnp.inf)))
+    # A column without mass is no part of the sums, and must not overflow.
+    below = jnp.where(used, field - top, 0.0)
+    excess = jnp.sum(mass * jnp.expm1(below))
     small = excess > -0.5
-    total = jnp.sum(mass * jnp.exp(field - top))
-    return top + jnp.where(
+    total = jnp.sum(mass * jnp.exp(below))
+    log_mean = jnp.where(
         small, jnp.log1p(jnp.where(small, excess, 0.0)), jnp.log(jnp.where(small, 1.0, total))
     )
+    return below - log_mean
 
 
-def _field(problem: Problem, dual: Array) -> Array:
+def _field(problem: DualProblem, dual: Array) -> Array:
     """u = Aᵀν."""
     return jnp.matmul(dual, problem.matrix, precision=_HIGHEST)
 
@@ -230,18 +293,18 @@ def _where(condition: Array, one: Iterate, other: Iterate) -> Iterate:
     return Iterate(*(jnp.where(condition, a, b) for a, b in zip(one, other, strict=True)))
 
 
-def _miss(problem: Problem, field: Array) -> Array:
+def _miss(problem: DualProblem, field: Array) -> Array:
     """A (q ∘ s) − dμ."""
     change = problem.link.change(field, problem.mass)
     return jnp.matmul(problem.matrix, problem.mass * change, precision=_HIGHEST) - problem.shift
 
 
-def _gradient(dual: Array, problem: Problem) -> Array:
+def _gradient(dual: Array, problem: DualProblem) -> Array:
     """∇J = A (q ∘ s) − dμ + T ν."""
     return _miss(problem, _field(problem, dual)) + problem.ridge * dual
 
 
-def _damped_inverse(problem: Problem, field: Array, unit: Array, gradient: Array) -> Array:
+def _damped_inverse(problem: DualProblem, field: Array, unit: Array, gradient: Array) -> Array:
     """(∇²J)⁻¹ ∇J by eigenvalues, each raised to at least what rounding leaves of it."""
     hessian = problem.link.hessian(problem.matrix, field, problem.mass)
     hessian = widest(hessian + jnp.diag(problem.ridge))
@@ -253,7 +316,7 @@ def _damped_inverse(problem: Problem, field: Array, unit: Array, gradient: Array
 
 
 def _line_search(
-    problem: Problem, dual: Array, field: Array, gradient: Array, direction: Array
+    problem: DualProblem, dual: Array, field: Array, gradient: Array, direction: Array
 ) -> Array:
     """The largest step t of 1, ½, ¼ … along which J surely falls; 0 where none is left.
 

@@ -1,44 +1,44 @@
-"""From a wanted shift of the observables to data weights, with all that is known about them."""
+"""Data weights with all that is known about them, and how they are trained on."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxpattern.inversion.methods import InversionMethod, Solution, ridge
-from jaxpattern.inversion.spectral import energies
-from jaxpattern.inversion.validation import Untargeted, check_problem
-from jaxpattern.response.result import Response
-from jaxpattern.validation import is_concrete
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-_TOLERANCE = 0.01
+from jaxpattern import tables
+from jaxpattern.response.columns import Columns
+from jaxpattern.types import Batch
+from jaxpattern.validation import batch_length, check_names
 
 
-class UnreachableTarget(UserWarning):
-    """The weights are predicted to miss the target by more than 1 %."""
-
-
-class Intervention(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Intervention:
     """Data weights and what they are predicted to do.
 
     Attributes:
-        weights: probe set → ρ, of the shape of its losses; a scalar for a grouped response.
-        predicted_shift: row → dμ̂ = nβ Σ_j χ_j q_j (ρ_j − 1), for every row of χ.
+        weights: probe set → ρ, of the shape of its losses, of mean Σ_j q_j ρ_j = 1; a scalar for
+            a grouped response; 0 for a loss that the response excludes. `over` spreads them over
+            the losses that are trained on.
+        cross_fitted_shift: row → the shift predicted of weights by draws they were not fitted to:
+            weights from one half of the draws, χ from the other, averaged over both ways. Read
+            this one. NaN where the response holds no halves.
+        cross_fitted_stderr: row → its standard error: half the difference between the two ways,
+            and the noise of χ at fixed weights as in `predicted_stderr`, squares added.
+        predicted_shift: row → dμ̂ = nβ Σ_j χ_j q_j (ρ_j − 1), for every row of χ. Too large, since
+            the weights were fitted to the noise of the same χ.
         predicted_stderr: row → standard error of that, from the noise of χ at fixed weights. For
             a grouped response from the spread of its batches; for columns of one loss each, whose
             errors are correlated, half the difference between the predictions of the two halves
-            of the draws (one degree of freedom). The weights were fitted to the same noise: if
-            `half_cosine` is low the shift itself is overestimated, which no error bar shows.
-            NaN where the response holds neither.
+            of the draws (one degree of freedom). It does not cover the overestimate that fitting
+            makes. NaN where the response holds neither.
         residual: targeted row → scale · target − predicted shift.
         reached: how far along the target the prediction gets: ⟨predicted, target⟩ over
             ⟨target, target⟩ · scale, rows in units of the root-mean-square √(Σ_j q_j A_kj²) of
@@ -48,316 +48,205 @@ class Intervention(NamedTuple):
         max_weight: largest ρ.
         min_weight: smallest ρ.
         half_cosine: cosine between the changes ρ − 1 that the two halves of the draws lead to,
-            each under the noise of half the draws. NaN where the response has no halves.
+            under the same ridge. NaN where the response has no halves.
         dual: row → ν, the price of its shift; 0 for a row that was left free.
         converged: whether the method found its answer up to rounding.
+        mass: probe set → share q of the data of each column, as in `Response`.
+        columns: names and shapes of the probe sets.
     """
 
-    weights: dict[str, Float[Array, "*columns"]]
-    predicted_shift: dict[str, Float[Array, ""]]
-    predicted_stderr: dict[str, Float[Array, ""]]
-    residual: dict[str, Float[Array, ""]]
-    reached: Float[Array, ""]
-    effective_sample_size: Float[Array, ""]
-    negative_share: Float[Array, ""]
-    max_weight: Float[Array, ""]
-    min_weight: Float[Array, ""]
-    half_cosine: Float[Array, ""]
-    dual: dict[str, Float[Array, ""]]
-    converged: Bool[Array, ""]
+    weights: dict[str, Float[Array, "..."]]
+    cross_fitted_shift: dict[str, Float[Array, "*stack"]]
+    cross_fitted_stderr: dict[str, Float[Array, "*stack"]]
+    predicted_shift: dict[str, Float[Array, "*stack"]]
+    predicted_stderr: dict[str, Float[Array, "*stack"]]
+    residual: dict[str, Float[Array, "*stack"]]
+    reached: Float[Array, "*stack"]
+    effective_sample_size: Float[Array, "*stack"]
+    negative_share: Float[Array, "*stack"]
+    max_weight: Float[Array, "*stack"]
+    min_weight: Float[Array, "*stack"]
+    half_cosine: Float[Array, "*stack"]
+    dual: dict[str, Float[Array, "*stack"]]
+    converged: Bool[Array, "*stack"]
+    mass: dict[str, Float[Array, "..."]]
+    columns: Columns = field(metadata={"static": True})
+
+    def over(
+        self, probes: Mapping[str, Batch], base: Mapping[str, Array | np.ndarray] | None = None
+    ) -> Float[Array, "samples *tokens"]:
+        """Weights of the shape of the losses, for training on the probe sets one after another.
+
+        They make the loss Σ_j q_j ρ_j ℓ_j / Σ_j q_j ρ_j: base weights that the response was
+        measured with, excluded losses (weight 0), and shares given to `group_mean` are in them.
+        With plain probe sets they are ρ itself, a group's weight repeated for each of its losses.
+
+            data = jax.tree.map(lambda *x: jnp.concatenate(x), *probes.values())
+            jp.train(..., data, ..., weights=solution.over(probes))
+
+        Args:
+            probes: name → batch, the probe sets of the response; their order is that of the
+                weights.
+            base: name → base weights ρ₀ of the losses, where a grouped response was made of
+                weighted losses; without, the losses of a group count alike.
+
+        Returns:
+            `[B]` or `[B, T]`, B samples of all probe sets, of mean 1.
+
+        Raises:
+            ValueError: the probe sets are others than those of the response, or of other sizes;
+                their losses differ in length; a grouped response does not know its losses' shapes.
+        """
+        columns = self.columns
+        check_names("probes", probes, columns.names)
+        if np.ndim(self.reached):
+            raise ValueError("the solution is a stack of several; take one of them first")
+        if columns.loss_shapes is None:
+            raise ValueError(
+                "the response was grouped without the shapes of its losses; make it with "
+                "group_mean, or give Response(loss_shapes=...)"
+            )
+        shapes = dict(zip(columns.names, columns.loss_shapes, strict=True))
+        for name, batch in probes.items():
+            size = batch_length(f"probes[{name!r}]", batch)
+            if size != shapes[name][0]:
+                raise ValueError(
+                    f"probes[{name!r}] must hold the {shapes[name][0]} samples that χ was measured "
+                    f"on, got {size}"
+                )
+        if len({shape[1:] for shape in shapes.values()}) > 1:
+            raise ValueError(f"losses of the probe sets must be of one length, got {shapes}")
+        total = sum(math.prod(shape) for shape in shapes.values())
+        return jnp.concatenate(
+            [total * self._shares(name, shapes[name], base) for name in probes], axis=0
+        )
+
+    def _shares(
+        self, name: str, shape: tuple[int, ...], base: Mapping[str, Array | np.ndarray] | None
+    ) -> Array:
+        """q ρ of each loss of a probe set."""
+        share = self.mass[name] * self.weights[name]
+        if base is None:
+            spread = jnp.full(shape, 1 / math.prod(shape), share.dtype)
+        else:
+            check_names("base", base, self.columns.names)
+            if np.shape(base[name]) != shape:
+                raise ValueError(
+                    f"base[{name!r}] must have the shape of its losses, {list(shape)}, "
+                    f"got {list(np.shape(base[name]))}"
+                )
+            spread = jnp.asarray(base[name], share.dtype)
+            spread = spread / jnp.sum(spread)
+        if share.ndim:
+            if base is not None:
+                raise ValueError("base is for grouped responses; this one knows its base weights")
+            return share
+        return share * spread
+
+    def __str__(self) -> str:
+        return tables.text(_page, self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return tables.html(_page, self)
 
 
-def solve_weights(
-    response: Response,
-    target: Mapping[str, float | Float[Array, ""]],
-    *,
-    method: InversionMethod | None = None,
-    scale: float | Float[Array, ""] = 1.0,
-    untargeted: Untargeted = "free",
-) -> Intervention:
-    """Data weights ρ that shift expectations by a wanted amount, nβ Σ_j χ_j q_j (ρ_j − 1) = dμ.
+def compose_weights(base: PyTree, weights: PyTree) -> PyTree:
+    """The weights after two rounds: ρ₀ · ρ, of mean 1.
 
-    The method finds weights that make the shift dμ; those returned are 1 + scale · (ρ − 1), so
-    that `scale` moves along a fixed direction. Bounds of a method hold at scale 1.
-
-    Differentiable in χ, in the target and in the settings of the method, in forward and reverse
-    mode; can be jitted and vmapped. The linear regime ends near |ρ − 1| ≈ 0.1: beyond, the
-    prediction is a direction, to be compared with the shift that retraining realises.
+    The second response is measured under the base weights ρ₀ (`localized_posterior(weights=ρ₀)`,
+    and ρ₀ of the probes as their masses), so its solution ρ is relative to them, and
+    L = Σ ρ₀ρℓ / Σ ρ₀ρ is what is trained on next. A third round takes the result as its ρ₀. An
+    excluded loss (ρ₀ = 0) stays so.
 
     Args:
-        response: χ with its errors, ungrouped or from `group_mean`.
-        target: row → wanted shift of its ⟨φ⟩, in units of φ.
-        method: `least_norm()`, `truncated()`, `ridge()` (the default), `box()`, `entropic()`, or
-            any `InversionMethod`.
-        scale: finite factor on the change of the weights, not 0. Negative for the opposite.
-        untargeted: what becomes of rows without a target: "free" lets them move, "hold" asks for
-            no shift.
+        base: ρ₀, an array or a pytree of arrays.
+        weights: ρ, the same.
 
     Returns:
-        Weights, predicted shifts and diagnostics.
+        The same, of mean 1 over all entries.
 
     Raises:
-        ValueError: the target is empty, names an unknown row or is not finite; χ is not finite;
-            `scale` is 0 or not finite; `untargeted` is neither choice; the method needs standard
-            errors and all are zero, or more directions than there are rows.
-        TypeError: a target or `scale` is not a number, or `method` is not a function.
-
-    Warns:
-        UnreachableTarget: the prediction misses the target by more than 1 %, in the units of
-            `Intervention.reached`; only where all values are concrete.
-
-    References:
-        Wang & Murfet 2026, arXiv 2601.13548; Wang, Donoway & Murfet 2026, arXiv 2609.00699.
+        ValueError: trees or shapes differ.
     """
-    method = ridge() if method is None else method
-    check_problem(response, target, method, scale, untargeted)
-    rows = response.rows
-    constrained = tuple(k for k, row in enumerate(rows) if untargeted == "hold" or row in target)
-    dtype = jnp.promote_types(jnp.result_type(*response.chi.values()), jnp.float32)
-    result = _solve(
-        _as_partial(method),
-        {name: (response.chi[name], response.mass[name]) for name in response.chi},
-        {name: response.stderr[name] for name in response.chi},
-        _halves(response),
-        _batches(response),
-        jnp.asarray(response.nbeta, dtype),
-        jnp.stack([jnp.asarray(target.get(rows[k], 0.0), dtype) for k in constrained]),
-        jnp.asarray(scale, dtype),
-        constrained=constrained,
-    )
-    intervention = _name(result, rows, constrained, target, response.num_samples)
-    _warn_if_unreached(intervention, target, result["miss"], scale)
-    return intervention
-
-
-@partial(jax.jit, static_argnames="constrained")
-def _solve(
-    method: Any,
-    columns: dict[str, tuple[Array, Array]],
-    stderr: dict[str, Array],
-    halves: dict[str, Array] | None,
-    batches: dict[str, Array] | None,
-    nbeta: Array,
-    shift: Array,
-    scale: Array,
-    *,
-    constrained: tuple[int, ...],
-) -> dict[str, Any]:
-    """Everything about the solution, as arrays over rows and columns."""
-    names = tuple(columns)
-    shapes = {name: columns[name][1].shape for name in names}
-    chi = {name: columns[name][0] for name in names}
-    mass = jnp.concatenate([columns[name][1].reshape(-1) for name in names]).astype(nbeta.dtype)
-
-    matrix = nbeta * _flatten(chi, constrained, nbeta.dtype)
-    noise = _total(
-        jnp.sum(
-            columns[name][1][None] * (nbeta * _select(stderr[name], constrained)) ** 2,
-            axis=tuple(range(1, stderr[name].ndim)),
+    structure: Any = jax.tree.structure(base)
+    if structure != jax.tree.structure(weights):
+        raise ValueError(
+            f"base and weights must be alike, got {structure} and {jax.tree.structure(weights)}"
         )
-        for name in names
-    )
-    solution = method(matrix, mass, shift, noise)
-    change = scale * solution.change
-    weights = 1 + change
-
-    moved = mass * change
-    parts = {
-        name: part.reshape(shapes[name])
-        for name, part in zip(names, _split(moved, shapes), strict=True)
-    }
-    predicted = _predict(chi, parts, nbeta)
-    if batches is not None:
-        stderr_shift = _mean_stderr(_predict({n: batches[n].T for n in names}, parts, nbeta))
-    elif halves is not None:
-        first, second = (
-            _predict({name: halves[name][h] for name in names}, parts, nbeta) for h in (0, 1)
-        )
-        stderr_shift = jnp.abs(first - second) / 2
-    else:
-        stderr_shift = None
-
-    wanted = scale * shift
-    got = predicted[jnp.asarray(constrained)]
-    importance = _importance(jax.lax.stop_gradient(matrix), mass)
-    wanted_square = jnp.sum(importance * wanted**2)
-    anything = wanted_square > 0
-    along = jnp.sum(importance * got * wanted) / jnp.where(anything, wanted_square, 1.0)
-    return {
-        "weights": {
-            name: part.reshape(shapes[name])
-            for name, part in zip(names, _split(weights, shapes), strict=True)
-        },
-        "predicted": predicted,
-        "stderr": jnp.full_like(predicted, jnp.nan) if stderr_shift is None else stderr_shift,
-        "wanted": wanted,
-        "reached": jnp.where(anything, along, 1.0),
-        "miss": jnp.sqrt(
-            jax.lax.stop_gradient(
-                jnp.sum(importance * (got - wanted) ** 2) / jnp.where(anything, wanted_square, 1.0)
+    pairs = list(zip(jax.tree.leaves(base), jax.tree.leaves(weights), strict=True))
+    for one, other in pairs:
+        if np.shape(one) != np.shape(other):
+            raise ValueError(
+                "base and weights must have the same shapes, got "
+                f"{list(np.shape(one))} and {list(np.shape(other))}"
             )
-        ),
-        "effective_share": jnp.sum(mass * weights) ** 2 / jnp.sum(mass * weights**2),
-        "negative": jnp.sum(jnp.where(weights < 0, mass, 0.0)) / jnp.sum(mass),
-        "max": jnp.max(weights),
-        "min": jnp.min(weights),
-        "half_cosine": _half_cosine(method, halves, mass, shift, 2 * noise, nbeta, constrained),
-        "dual": jnp.zeros_like(predicted).at[jnp.asarray(constrained)].set(solution.dual),
-        "converged": solution.converged,
-    }
-
-
-def _half_cosine(
-    method: Any,
-    halves: dict[str, Array] | None,
-    mass: Array,
-    shift: Array,
-    noise: Array,
-    nbeta: Array,
-    constrained: tuple[int, ...],
-) -> Array:
-    """The cosine between the solutions of two halves, one solved after the other. No derivative."""
-    if halves is None:
-        return jnp.full((), jnp.nan, nbeta.dtype)
-    method, halves, mass, shift, noise, nbeta = jax.lax.stop_gradient(
-        (method, halves, mass, shift, noise, nbeta)
-    )
-
-    def change(half: dict[str, Array]) -> Array:
-        matrix = nbeta * _flatten(half, constrained, nbeta.dtype)
-        solution: Solution = method(matrix, mass, shift, noise)
-        return solution.change
-
-    first, second = tuple(jax.lax.map(change, halves))
-    overlap = jnp.sum(mass * first * second)
-    norms = jnp.sqrt(jnp.sum(mass * first**2) * jnp.sum(mass * second**2))
-    return jnp.where(norms > 0, overlap / jnp.where(norms > 0, norms, 1.0), jnp.nan)
-
-
-def _total(parts: Iterable[Array]) -> Array:
-    """The sum over probe sets."""
-    return jnp.sum(jnp.stack(list(parts)), axis=0)
-
-
-def _select(values: Array, constrained: tuple[int, ...]) -> Array:
-    """The rows that are constrained; no copy where that is all of them."""
-    everything = constrained == tuple(range(values.shape[0]))
-    return values if everything else values[jnp.asarray(constrained)]
-
-
-def _flatten(chi: dict[str, Array], constrained: tuple[int, ...], dtype: Any) -> Array:
-    """The constrained rows of all probe sets, side by side."""
-    blocks = [_select(chi[name], constrained) for name in chi]
-    return jnp.concatenate([b.reshape(b.shape[0], -1) for b in blocks], axis=1).astype(dtype)
-
-
-def _split(values: Array, shapes: dict[str, tuple[int, ...]]) -> list[Array]:
-    """One flat piece a probe set."""
-    sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    return jnp.split(values, np.cumsum(sizes)[:-1].tolist())
-
-
-def _predict(chi: dict[str, Array], moved: dict[str, Array], nbeta: Array) -> Array:
-    """nβ Σ_j χ_j q_j (ρ_j − 1); trailing axes of χ beyond those of the columns stay."""
-    return nbeta * _total(
-        jnp.tensordot(chi[name], moved[name], moved[name].ndim, precision=_HIGHEST)
-        if moved[name].ndim
-        else chi[name] * moved[name]
-        for name in chi
-    )
-
-
-def _importance(matrix: Array, mass: Array) -> Array:
-    """1/√(Σ q A²) squared: what brings rows to unit response; huge for rows that have none."""
-    energy = energies(matrix, mass)
-    largest = jnp.max(energy)
-    floor = jnp.where(largest > 0, jnp.finfo(energy.dtype).eps * largest, 1.0)
-    return 1 / jnp.where(energy > 0, energy, floor)
-
-
-def _mean_stderr(batches: Array) -> Array:
-    """Standard error of the mean over the last axis, NaN left out; derivative 0 at no spread."""
-    valid = ~jnp.isnan(batches)
-    count = jnp.sum(valid, axis=-1)
-    mean = jnp.sum(jnp.where(valid, batches, 0.0), axis=-1) / jnp.maximum(count, 1)
-    squares = jnp.sum(jnp.where(valid, batches - mean[:, None], 0.0) ** 2, axis=-1)
-    error = squares / jnp.maximum(count * (count - 1), 1)
-    root = jnp.where(error > 0, jnp.sqrt(jnp.where(error > 0, error, 1.0)), 0.0)
-    return jnp.where(count > 1, root, jnp.nan)
-
-
-def _as_partial(method: Any) -> Any:
-    """The method as a pytree that `jit` takes."""
-    return method if isinstance(method, Partial) else Partial(method)
-
-
-def _is_grouped(response: Response) -> bool:
-    return all(values.ndim == 1 for values in response.chi.values())
-
-
-def _halves(response: Response) -> dict[str, Array] | None:
-    """χ of the two halves of the draws, where there are two."""
-    names = tuple(response.chi)
-    if not all(name in response.halves and len(response.halves[name]) == 2 for name in names):
-        return None
-    return {name: response.halves[name] for name in names}
-
-
-def _batches(response: Response) -> dict[str, Array] | None:
-    """The batches of a grouped response, which are estimates of its columns."""
-    names = tuple(response.chi)
-    if not _is_grouped(response) or not all(name in response.batches for name in names):
-        return None
-    return {name: response.batches[name] for name in names}
-
-
-def _name(
-    result: dict[str, Any],
-    rows: tuple[str, ...],
-    constrained: tuple[int, ...],
-    target: Mapping[str, Any],
-    num_samples: int,
-) -> Intervention:
-    """The result with its rows named."""
-
-    def by_row(values: Array) -> dict[str, Array]:
-        return {row: values[k] for k, row in enumerate(rows)}
-
-    predicted = by_row(result["predicted"])
-    wanted = {rows[k]: result["wanted"][i] for i, k in enumerate(constrained)}
-    return Intervention(
-        weights=result["weights"],
-        predicted_shift=predicted,
-        predicted_stderr=by_row(result["stderr"]),
-        residual={row: wanted[row] - predicted[row] for row in target},
-        reached=result["reached"],
-        effective_sample_size=result["effective_share"] * num_samples,
-        negative_share=result["negative"],
-        max_weight=result["max"],
-        min_weight=result["min"],
-        half_cosine=result["half_cosine"],
-        dual=by_row(result["dual"]),
-        converged=result["converged"],
-    )
-
-
-def _warn_if_unreached(
-    intervention: Intervention, target: Mapping[str, Any], miss: Array, scale: Any
-) -> None:
-    """Says, row by row, how far the weights get; silent under a transformation."""
-    concrete = all(map(is_concrete, jax.tree.leaves((intervention, dict(target), miss, scale))))
-    if not concrete or not float(miss) > _TOLERANCE:
-        return
-    lines = [
-        f"{row!r} gets {float(intervention.predicted_shift[row]):.3g} of {float(wanted):.3g}"
-        for row in target
-        for wanted in [float(scale) * float(target[row])]
+    zero = [jnp.asarray(one) == 0 for one, _ in pairs]
+    products = [
+        jnp.where(none, 0, jnp.asarray(one) * other)
+        for none, (one, other) in zip(zero, pairs, strict=True)
     ]
-    warnings.warn(
-        f"the weights are predicted to reach {float(intervention.reached):.1%} of the target, "
-        f"and to miss it by {float(miss):.1%} of its size: {', '.join(lines)}. The rows may not "
-        "be movable this far or independently, or the method's ridge or bounds hold the weights "
-        f"back{'' if bool(intervention.converged) else '; the method did not converge'}",
-        UnreachableTarget,
-        stacklevel=3,
+    mean = sum(jnp.sum(x) for x in products) / sum(x.size for x in products)
+    return jax.tree.unflatten(structure, [x / mean for x in products])
+
+
+def _page(result: Intervention) -> tables.Page:
+    """The weights, and the shift of each row: wanted, predicted twice, with errors."""
+    columns = result.columns
+    title = (
+        f"Data weights ρ for {len(columns.names)} probe sets, "
+        f"to move {len(result.residual)} of {len(result.predicted_shift)} rows"
     )
+    tables.refuse_unreadable(title, result, result.reached)
+    total = sum(float(jnp.sum(result.mass[name])) for name in columns.names)
+    body = []
+    for name in columns.names:
+        mass, weights = np.asarray(result.mass[name]), np.asarray(result.weights[name])
+        share = float(mass.sum()) / total
+        used = weights[mass > 0]
+        mean = float((mass * weights).sum() / mass.sum()) if mass.sum() > 0 else math.nan
+        span = [] if columns.grouped else [f"{x:.3g}" for x in _ends(used)]
+        then = share * mean
+        body.append([name, f"{mean:.3g}", *span, tables.percent(share), tables.percent(then)])
+    span_head = [] if columns.grouped else ["smallest", "largest"]
+    weight_head = "weight ρ" if columns.grouped else "mean ρ"
+    weights_grid = tables.Grid(
+        ["probe set", weight_head, *span_head, "share of data", "share then"], body
+    )
+    shifts = []
+    crossed = all(math.isfinite(float(x)) for x in result.cross_fitted_shift.values())
+    for row, plain in result.predicted_shift.items():
+        wanted = f"{float(result.residual[row] + plain):.3g}" if row in result.residual else "–"
+        cross = [
+            tables.measured(float(result.cross_fitted_shift[row]),
+                            float(result.cross_fitted_stderr[row]))
+        ] if crossed else []  # fmt: skip
+        own = tables.measured(float(plain), float(result.predicted_stderr[row]))
+        shifts.append([row, wanted, *cross, own])
+    cross_head = ["cross-fitted"] if crossed else []
+    shift_grid = tables.Grid(["row", "wanted shift", *cross_head, "plain prediction"], shifts)
+    return tables.Page(title, (weights_grid, shift_grid), tuple(_notes(result, crossed)))
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    return (float(values.min()), float(values.max())) if values.size else (math.nan, math.nan)
+
+
+def _notes(result: Intervention, crossed: bool) -> list[str]:
+    notes = ["Shifts of ⟨φ⟩ in the units of each row, to first order, ± one standard error."]
+    if crossed:
+        notes.append(
+            "Cross-fitted: weights from half of the draws, χ from the other half. Believe it; the "
+            "plain one is fitted to its own noise."
+        )
+    notes.append(
+        f"Reached {tables.percent(float(result.reached))} of the target (plain); effective sample "
+        f"size {float(result.effective_sample_size):.4g}; weights from "
+        f"{float(result.min_weight):.3g} to {float(result.max_weight):.3g}, "
+        f"{tables.percent(float(result.negative_share))} of the data negative; halves agree to a "
+        f"cosine of {float(result.half_cosine):.2f}."
+    )
+    if not bool(result.converged):
+        notes.append("The method did not converge.")
+    return notes

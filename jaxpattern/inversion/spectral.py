@@ -60,7 +60,7 @@ def spectral_inverse(
     Returns:
         The inverse, and the number of directions kept.
     """
-    _, vectors, inverse = _decompose(matrix, rank, threshold)
+    _, vectors, inverse = _leading_inverse(matrix, rank, threshold)
     product = jnp.matmul(vectors * inverse[None, :], vectors.T, precision=_HIGHEST)
     return product, jnp.sum(inverse > 0)
 
@@ -78,7 +78,7 @@ def _spectral_inverse_jvp(primals: Any, tangents: Any) -> Any:
     # rank; a perturbation that raises the rank acts in neither × neither and is not seen.
     matrix, rank, threshold = primals
     direction = tangents[0]
-    values, vectors, inverse = _decompose(matrix, rank, threshold)
+    values, vectors, inverse = _leading_inverse(matrix, rank, threshold)
     kept = inverse > 0
     mixed = kept[:, None] ^ kept[None, :]
     gap = jnp.where(mixed, values[:, None] - values[None, :], 1.0)
@@ -94,7 +94,9 @@ def _spectral_inverse_jvp(primals: Any, tangents: Any) -> Any:
     return primal, (tangent, np.zeros((), dtype=jax.dtypes.float0))
 
 
-def _decompose(matrix: Array, rank: Array | int, threshold: Array | float) -> tuple[Array, ...]:
+def _leading_inverse(
+    matrix: Array, rank: Array | int, threshold: Array | float
+) -> tuple[Array, ...]:
     """Eigenvalues, eigenvectors, and 1/λ on the directions kept."""
     values, vectors = jnp.linalg.eigh(matrix)
     size = matrix.shape[0]

@@ -4,7 +4,7 @@ Rows are components (or observables), columns are samples. Each component's χ c
 positive factor, the same for every sample, so a row has a shape but no comparable size: **each row
 is centred and divided by its standard deviation over the samples**, and the directions are those
 of the correlation matrix of the rows. Papers that write samples × components call the same thing
-standardising the columns.
+standardizing the columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class PrincipalDirections:
-    """Directions of the standardised response, the one of most variance first.
+    """Directions of the standardized response, the one of most variance first.
 
         a_ij = (χ_ij − centre_i) / scale_i,   c_kj = Σ_i v_ki a_ij,   Σ_j q_j c_kj² = variance_k
 
@@ -79,7 +79,7 @@ class PrincipalDirections:
             dμ_i = nβ Σ_j q_j χ_ij (ρ_j − 1) = nβ · size · scale_i v_ki √variance_k
 
         It is a target for `solve_weights`, whose least-norm answer is these weights again where
-        the rows of χ are centred.
+        the rows of χ are centered.
 
         Raises:
             ValueError: there is no such direction.
@@ -100,13 +100,13 @@ def principal_directions(
     rows: Sequence[str] | None = None,
     weights: Mapping[str, Float[Array | np.ndarray, "*columns"]] | None = None,
 ) -> PrincipalDirections:
-    """The principal directions of χ, each row standardised over the samples.
+    """The principal directions of χ, each row standardized over the samples.
 
     A singular value decomposition of a_ij √q_j; see `PrincipalDirections`. Can be jitted and
     vmapped over stacked responses.
 
     Args:
-        response: χ with a column a loss, or from `group_mean`.
+        response: χ with one column per loss, or from `group_mean`.
         num: number of directions D; by default as many as there are rows, or columns if fewer.
         rows: which rows take part, by default all.
         weights: probe set → weight of each column, of the shape of its losses. Zero excludes a
@@ -127,26 +127,26 @@ def principal_directions(
     index = _row_index(response, rows)
     mass = _masses(response, weights)
     taken = jnp.array(index)
-    chi = {name: values[taken] for name, values in response.chi.items()}
-    flat_mass = jnp.concatenate([part.reshape(-1) for part in mass.values()])
+    columns = response.columns
+    flat_mass = columns.join(mass)
     limit = min(len(index), len(flat_mass))
     if num is not None:
         check_count("num", num, minimum=1)
         if num > limit:
             raise ValueError(f"num must be at most {limit}, the rows or columns, got {num}")
     num = limit if num is None else num
-    matrix = _flatten(chi)
+    matrix = _widen(columns.join(response.chi)[taken])
     names = tuple(response.rows[i] for i in index)
-    _check_finite(names, matrix, flat_mass)
+    _check_counted(names, matrix, flat_mass)
 
-    a, centre, scale = _standardise(matrix, flat_mass)
+    a, centre, scale = _standardize(matrix, flat_mass)
     smallest = 10 * jnp.finfo(a.dtype).eps
     if not holds(lambda s, c: jnp.all(s > smallest * jnp.abs(c)), scale, centre):
         still = [row for row, s in zip(names, np.asarray(scale), strict=True) if not s > 0]
         raise ValueError(f"rows {still or names} of χ do not vary over the samples; leave them out")
-    loadings, variance = _decompose(a, flat_mass, num)
+    loadings, variance = _leading_directions(a, flat_mass, num)
     coordinates = jnp.matmul(loadings, a, precision=_HIGHEST)
-    errors = _flatten({name: response.stderr[name][taken] for name in chi})
+    errors = _widen(columns.join(response.stderr)[taken])
     squares = jnp.sum(
         jnp.where((flat_mass > 0)[None, :], flat_mass[None, :] * errors**2, 0), axis=1
     )
@@ -154,7 +154,7 @@ def principal_directions(
     noise = jnp.sum(loadings**2 * noise_share[None, :], axis=1)
     reliability, half_cosine = _compare_halves(response, index, flat_mass, loadings, scale)
     return PrincipalDirections(
-        coordinates=_unflatten(coordinates, mass),
+        coordinates=columns.split(coordinates),
         loadings=loadings,
         centre=centre,
         scale=scale,
@@ -170,7 +170,7 @@ def principal_directions(
     )
 
 
-def _standardise(matrix: Array, mass: Array) -> tuple[Array, Array, Array]:
+def _standardize(matrix: Array, mass: Array) -> tuple[Array, Array, Array]:
     """a, mean and standard deviation of each row; columns without mass may hold anything."""
     counted = (mass > 0)[None, :]
 
@@ -185,7 +185,7 @@ def _standardise(matrix: Array, mass: Array) -> tuple[Array, Array, Array]:
     return centred / jnp.where(scale > 0, scale, 1)[:, None], centre, scale
 
 
-def _decompose(a: Array, mass: Array, num: int) -> tuple[Array, Array]:
+def _leading_directions(a: Array, mass: Array, num: int) -> tuple[Array, Array]:
     """Loadings `[D, K]` and variances of a_ij √q_j = (Q R)ᵀ, from the K × K matrix R."""
     a = jnp.where((mass > 0)[None, :], a, 0)
     r = jnp.linalg.qr((a * jnp.sqrt(mass)[None, :]).T, mode="r")
@@ -201,15 +201,15 @@ def _compare_halves(
     response: Response, index: tuple[int, ...], mass: Array, loadings: Array, scale: Array
 ) -> tuple[Array, Array]:
     """Cosines between the coordinates of two halves: loadings held, and loadings of their own."""
-    halves = {name: response.halves[name] for name in response.chi if name in response.halves}
-    if len(halves) < len(response.chi) or any(len(half) != 2 for half in halves.values()):
+    halves, columns = response.halves, response.columns
+    if not all(name in halves and len(halves[name]) == 2 for name in columns.names):
         unknown = jnp.full(len(loadings), jnp.nan, loadings.dtype)
         return unknown, unknown
     held, own, directions = [], [], []
     for h in (0, 1):
-        matrix = _flatten({name: half[h] for name, half in halves.items()})[jnp.array(index)]
-        a, _, own_scale = _standardise(matrix, mass)
-        v, _ = _decompose(a, mass, len(loadings))
+        matrix = _widen(columns.join(halves)[h][jnp.array(index)])
+        a, _, own_scale = _standardize(matrix, mass)
+        v, _ = _leading_directions(a, mass, len(loadings))
         in_scale_of_all = a * (own_scale / jnp.where(scale > 0, scale, 1))[:, None]
         held.append(jnp.matmul(loadings, in_scale_of_all, precision=_HIGHEST))
         own.append(jnp.matmul(v, a, precision=_HIGHEST))
@@ -228,20 +228,9 @@ def _cosine(first: Array, second: Array, mass: Array) -> Array:
     return jnp.where(norm > 0, product(first, second) / jnp.where(norm > 0, norm, 1), jnp.nan)
 
 
-def _flatten(parts: Mapping[str, Array]) -> Array:
-    """All probe sets side by side, at least float32."""
-    flat = jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts.values()], axis=1)
-    return flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
-
-
-def _unflatten(values: Array, like: Mapping[str, Array]) -> dict[str, Array]:
-    """One piece a probe set, of the shape of its losses."""
-    ends = np.cumsum([part.size for part in like.values()])[:-1].tolist()
-    pieces = jnp.split(values, ends, axis=1)
-    return {
-        name: piece.reshape(len(values), *part.shape)
-        for (name, part), piece in zip(like.items(), pieces, strict=True)
-    }
+def _widen(values: Array) -> Array:
+    """At least float32."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _row_index(response: Response, rows: Sequence[str] | None) -> tuple[int, ...]:
@@ -277,7 +266,7 @@ def _masses(response: Response, weights: Mapping[str, Any] | None) -> dict[str, 
     return {name: parts[name] / total for name in response.chi}
 
 
-def _check_finite(rows: tuple[str, ...], matrix: Array, mass: Array) -> None:
+def _check_counted(rows: tuple[str, ...], matrix: Array, mass: Array) -> None:
     if not (is_concrete(matrix) and is_concrete(mass)):
         return
     bad = ~np.isfinite(np.asarray(matrix)) & (np.asarray(mass) > 0)[None, :]

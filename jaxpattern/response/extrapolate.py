@@ -65,9 +65,9 @@ def regress_coordinates(
 ) -> CoordinateRegression:
     """Ridge regression of coordinates on features of the tokens, with its held-out R².
 
-        minimise over b:  Σ_z q_z (c_z − c̄ − Σ_f x_zf b_f)² + τ |b|²,   Σ q = 1
+        minimize over b:  Σ_z q_z (c_z − c̄ − Σ_f x_zf b_f)² + τ |b|²,   Σ q = 1
 
-    with x the features, centred and divided by their standard deviations, so that τ is a share of
+    with x the features, centered and divided by their standard deviations, so that τ is a share of
     a feature's variance. Some sequences are held out; the rest are divided into folds, also by
     sequence, that choose τ. The reported R² is that of the returned coefficients, which no
     held-out sequence has touched. The sums are done in float64 on the host.
@@ -76,7 +76,8 @@ def regress_coordinates(
         key: typed key, which says which sequences are held out.
         features: `[B, T, F]`, such as residual states beside the embedding of the next token.
         coordinates: `[B, T]`, such as `directions.coordinates["code"][1]`.
-        weights: q before it is normalised, `[B, T]`; 0 excludes, and what is there may be anything.
+        weights: q before it is normalized, `[B, T]`; 0 excludes, and an excluded entry may hold
+            anything, NaN included.
         penalties: the τ to choose from.
         held_out: share of the sequences to hold out.
         folds: number of folds.

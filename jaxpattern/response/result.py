@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jaxpattern.validation import check_names, is_concrete
+from jaxpattern import tables
+from jaxpattern.response.columns import Columns
+from jaxpattern.validation import check_names, check_number
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +31,10 @@ class Response:
         batches: probe set → estimates of the probe set's mean χ from the G batches of draws,
             `[G, K]`, NaN for batches of diverged chains. Their spread is the standard error of a
             group mean.
-        mass: probe set → share q of the data that a column stands for. Sums to 1 over all
-            columns: a change of the weights ρ shifts μ by nβ Σ_j χ_j q_j (ρ_j − 1).
+        mass: probe set → share q of the data that a column stands for, in proportion to the base
+            weights ρ₀ where there are any; 0 excludes a column, which may then hold anything.
+            Sums to 1 over all columns: weights ρ on top of the base weights, of mean
+            Σ_j q_j ρ_j = 1, shift μ by nβ Σ_j χ_j q_j (ρ_j − 1).
         nbeta: inverse temperature of the posterior.
         mean: ⟨φ⟩ of each row, `[K]`.
         mean_stderr: its standard error, `[K]`.
@@ -40,6 +45,8 @@ class Response:
         diagnostics: what an estimator says about itself, arrays with a leading row axis.
         cost: gradient equivalents spent (one forward and backward pass of one sample).
         num_samples: number of columns before any grouping.
+        loss_shapes: pairs of a probe set and the shape of its losses, kept by `group_mean`;
+            empty where the columns are the losses, or where the shapes are not known.
     """
 
     # What vmap returns is a stack of responses, with leading axes everywhere.
@@ -59,15 +66,39 @@ class Response:
     num_samples: int = field(metadata={"static": True})
     estimator: str = field(default="", metadata={"static": True})
     diagnostics: dict[str, Shaped[Array, "..."]] = field(default_factory=dict)
+    loss_shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(
+        default=(), metadata={"static": True}
+    )
+
+    @property
+    def columns(self) -> Columns:
+        """Names and shapes of the columns; of each member, where this is a stack of responses."""
+        names = tuple(self.chi)
+        shapes = tuple(self.mass[name].shape[jnp.ndim(self.nbeta) :] for name in names)
+        columns = Columns(names, shapes)
+        known = dict(self.loss_shapes) if columns.grouped else dict(zip(names, shapes, strict=True))
+        if set(known) != set(names):
+            return columns
+        return replace(columns, loss_shapes=tuple(known[name] for name in names))
+
+    def __str__(self) -> str:
+        return tables.text(_page, self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return tables.html(_page, self)
 
 
 def group_mean(response: Response, shares: Mapping[str, float] | None = None) -> Response:
-    """The data-mixture response: one column a probe set, χ_g = Σ_{z∈g} q_z χ_z / Σ_{z∈g} q_z.
+    """The data-mixture response: one column per probe set, χ_g = Σ_{z∈g} q_z χ_z / Σ_{z∈g} q_z.
+
+    Columns of mass 0 (excluded losses, such as padding) count nowhere, whatever they hold.
 
     Args:
-        response: a response matrix with a column a loss.
+        response: a response matrix with one column per loss.
         shares: probe set → its share of the data, for probe sets whose sizes do not mirror the
-            data; normalised to sum 1. By default the mass the columns already carry.
+            data; normalized to sum 1. By default the mass the columns already carry.
 
     Returns:
         A `Response` whose `chi[name]` is `[K]` and `mass[name]` a scalar. Standard errors come
@@ -75,23 +106,29 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
         follow from the standard errors of the columns.
 
     Raises:
-        ValueError: `shares` names other probe sets, or is not positive.
+        ValueError: `shares` names other probe sets, or is not positive; the response holds no
+            batches.
     """
-    names = tuple(response.chi)
-    totals = {name: jnp.sum(response.mass[name]) for name in names}
+    columns = response.columns
+    mass = columns.join(response.mass)
+    groups = columns.group()
+    if set(response.batches) != set(columns.names):
+        raise ValueError(
+            "response.batches must hold every probe set, as the errors of group means come from "
+            f"them, got {sorted(response.batches)} of {sorted(columns.names)}"
+        )
     if shares is None:
-        mass = totals
+        totals = jnp.stack([jnp.sum(response.mass[name]) for name in columns.names])
+        share = {name: totals[i] for i, name in enumerate(columns.names)}
     else:
-        check_names("shares", shares, names)
-        if not all(value > 0 for value in shares.values() if is_concrete(value)):
-            raise ValueError(f"shares must be positive, got {dict(shares)}")
+        check_names("shares", shares, columns.names)
+        for name, value in shares.items():
+            check_number(f"shares[{name!r}]", value, minimum=0.0, exclusive=True)
         norm = sum(shares.values())
-        mass = {name: jnp.asarray(shares[name] / norm) for name in names}
+        share = {name: jnp.asarray(shares[name] / norm, mass.dtype) for name in columns.names}
 
-    def mean(values: Array, name: str, leading: int) -> Array:
-        axes = tuple(range(leading, values.ndim))
-        mass = jnp.expand_dims(response.mass[name], tuple(range(leading)))
-        return jnp.sum(values * mass, axis=axes) / totals[name]
+    def mean(values: Mapping[str, Array]) -> dict[str, Array]:
+        return groups.split(columns.mean(columns.join(values), mass))
 
     def stderr(batches: Array) -> Array:
         number = jnp.sum(~jnp.isnan(batches), axis=0)
@@ -99,8 +136,56 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
 
     return replace(
         response,
-        chi={name: mean(response.chi[name], name, 1) for name in names},
-        stderr={name: stderr(response.batches[name]) for name in names},
-        halves={name: mean(response.halves[name], name, 2) for name in names},
-        mass=mass,
+        chi=mean(response.chi),
+        stderr={name: stderr(response.batches[name]) for name in columns.names},
+        halves=mean(response.halves) if set(response.halves) == set(columns.names) else {},
+        mass=share,
+        loss_shapes=tuple(zip(columns.names, columns.loss_shapes or (), strict=False)),
     )
+
+
+def _page(response: Response) -> tables.Page:
+    """What a response says of itself: the effect of each probe set on each row, with errors."""
+    columns = response.columns
+    kind = "one per probe set" if columns.grouped else "one per loss"
+    title = (
+        f"Response of {len(response.rows)} rows to {len(columns.names)} probe sets "
+        f"({columns.size} columns, {kind})"
+    )
+    if response.estimator:
+        title += f", by {response.estimator}"
+    tables.refuse_unreadable(title, response, response.nbeta)
+    effect, error = _effects(response)
+    header = ["row", "⟨φ⟩", *columns.names, "R-hat", "ESS"]
+    body = []
+    for k, row in enumerate(response.rows):
+        mean = tables.measured(float(response.mean[k]), float(response.mean_stderr[k]))
+        effects = [tables.measured(*pair) for pair in zip(effect[k], error[k], strict=True)]
+        health = [f"{float(response.rhat[k]):.3f}", f"{float(response.ess[k]):.0f}"]
+        body.append([row, mean, *effects, *health])
+    notes = [
+        "Under a probe set: the change of ⟨φ⟩, in the units of φ, per unit of its weight ρ (1 → 2) "
+        "to first order, nβ·q·χ ± one standard error. Negative: more weight lowers ⟨φ⟩.",
+        f"nβ = {float(response.nbeta):g}; cost {response.cost:.3g} gradient equivalents.",
+    ]
+    lost = int(jnp.sum(jnp.any(response.diverged, axis=-1)))
+    if lost:
+        notes.append(f"Chains diverged in {lost} rows; they count in no number.")
+    return tables.Page(title, (tables.Grid(header, body),), tuple(notes))
+
+
+def _effects(response: Response) -> tuple[np.ndarray, np.ndarray]:
+    """nβ q χ of each row and probe set, `[K, G]`, and its error; NaN where that is not known."""
+    columns = response.columns
+    mass = columns.join(response.mass)
+    chi = columns.mean(columns.join(response.chi), mass)
+    share = jnp.stack([jnp.sum(response.mass[name]) for name in columns.names])
+    if columns.grouped:
+        error = columns.join(response.stderr)
+    elif set(response.batches) == set(columns.names):
+        grouped = group_mean(response)
+        error = grouped.columns.join(grouped.stderr)
+    else:
+        error = jnp.full(chi.shape, jnp.nan)
+    factor = float(response.nbeta) * np.asarray(share, np.float64)
+    return np.asarray(chi, np.float64) * factor, np.asarray(error, np.float64) * factor

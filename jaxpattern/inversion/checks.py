@@ -7,12 +7,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from jaxpattern.inversion.methods import METHODS_OF_NOISE
 from jaxpattern.response.result import Response
-from jaxpattern.validation import is_concrete
+from jaxpattern.validation import check_number, is_concrete
 
 Untargeted = Literal["free", "hold"]
 
@@ -30,58 +28,48 @@ def check_problem(
     if unknown:
         raise ValueError(f"target names unknown rows {unknown}; the rows are {list(rows)}")
     for name, value in target.items():
-        _check_finite(f"target[{name!r}]", value)
-    _check_finite("scale", scale)
+        check_number(f"target[{name!r}]", value, minimum=-jnp.inf)
+    check_number("scale", scale, minimum=-jnp.inf)
     if is_concrete(scale) and float(scale) == 0:
         raise ValueError("scale must not be 0: the weights would not change")
     if untargeted not in get_args(Untargeted):
         raise ValueError(f"untargeted must be one of {get_args(Untargeted)}, got {untargeted!r}")
     if not callable(method):
         raise TypeError(f"method must be a function such as ridge(), got {method!r}")
-    for name, values in response.chi.items():
-        if is_concrete(values) and not _all(jnp.isfinite, values):
-            raise ValueError(f"response.chi[{name!r}] must be finite, but holds NaN or infinity")
-    num_rows = len(rows) if untargeted == "hold" else len(target)
-    _check_method(method, response, num_rows)
-
-
-def _check_method(method: Any, response: Response, num_rows: int) -> None:
-    """The settings of a method against the response they meet."""
-    settings = getattr(method, "keywords", {})
-    rank = settings.get("rank")
-    if isinstance(rank, int) and rank > num_rows:
-        raise ValueError(f"rank must be at most {num_rows}, the rows in the problem, got {rank}")
-    share = settings.get("noise_share", 0.0)
-    needed = getattr(method, "func", None) in METHODS_OF_NOISE or (
-        is_concrete(share) and float(share) > 0
-    )
-    if not needed:
-        return
-    errors = [response.stderr[name] for name in response.chi]
-    if not all(map(is_concrete, errors)):
-        return
     for name in response.chi:
-        if not _all(jnp.isfinite, response.stderr[name]):
+        if not _finite(response.chi[name], response.mass[name]):
+            raise ValueError(f"response.chi[{name!r}] must be finite, but holds NaN or infinity")
+    check_rows = getattr(method, "check_rows", None)
+    if check_rows is not None:
+        check_rows(len(rows) if untargeted == "hold" else len(target))
+    if getattr(method, "needs_noise", False):
+        _check_noise(response)
+
+
+def _check_noise(response: Response) -> None:
+    """Standard errors from which a ridge or a cut-off can be taken."""
+    for name in response.chi:
+        if not _finite(response.stderr[name], response.mass[name]):
             raise ValueError(
                 f"response.stderr[{name!r}] must be finite for a method that takes its ridge or "
                 "cut-off from χ's noise, but holds NaN or infinity; give tau or rank instead"
             )
-    if all(_all(lambda x: x == 0, values) for values in errors):
+    errors = [response.stderr[name] for name in response.chi]
+    if all(map(is_concrete, errors)) and all(_all(lambda x: x == 0, x) for x in errors):
         raise ValueError(
             "response.stderr must not be all zero for a method that takes its ridge or cut-off "
             "from χ's noise; give tau or rank instead"
         )
 
 
+def _finite(values: Array, mass: Array) -> bool:
+    """Whether every column that counts is finite; of what is traced, yes."""
+    if not (is_concrete(values) and is_concrete(mass)):
+        return True
+    return _all(lambda x: jnp.isfinite(x) | (mass == 0)[None], values)
+
+
 def _all(test: Callable[[Array], Array], values: Array) -> bool:
     """Whether the test holds everywhere; of concrete values also while others are traced."""
     with jax.ensure_compile_time_eval():
         return bool(jnp.all(test(values)))
-
-
-def _check_finite(name: str, value: Any) -> None:
-    """A real scalar that is finite."""
-    if isinstance(value, str | bytes) or jnp.ndim(value) != 0:
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if is_concrete(value) and not np.isfinite(float(value)):
-        raise ValueError(f"{name} must be finite, got {float(value):g}")
