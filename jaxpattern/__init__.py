@@ -2,7 +2,10 @@
 
 from jaxpattern._version import __version__ as __version__
 from jaxpattern.chains.divergence import DivergenceError, DivergenceWarning
+from jaxpattern.chains.loop import Recorded, run_chains
 from jaxpattern.chains.plan import Plan
+from jaxpattern.chains.record import Recorder, Trace
+from jaxpattern.chains.run import Run
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (
     Intervention,
@@ -39,9 +42,11 @@ from jaxpattern.observables import excess_loss, mean_loss, mean_losses
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
+from jaxpattern.response.estimator import Estimator
 from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
 from jaxpattern.response.laplace import laplace
 from jaxpattern.response.pathwise import GrowthWarning, pathwise
+from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.susceptibilities import susceptibilities
 from jaxpattern.restriction import (
@@ -50,45 +55,58 @@ from jaxpattern.restriction import (
     by_path,
     by_slice,
     complement,
-    coordinates,
+    restriction_mask,
     union,
 )
 from jaxpattern.results import ResultFileError, load, save
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.folder import CheckpointError, CheckpointWarning, Interrupted
+from jaxpattern.runtime.host import Host
 from jaxpattern.runtime.mesh import is_first_process, mesh, shard_params
 from jaxpattern.runtime.processes import ProcessError, from_processes, start
-from jaxpattern.samplers import mala, rmsprop_sgld, sgld, sgnht
+from jaxpattern.samplers import Sampler, make_sampler, mala, rmsprop_sgld, sgld, sgnht
 from jaxpattern.sampling import sample
+from jaxpattern.several import LLC, Chi, Measured, measure
 from jaxpattern.sweep import Sweep, sweep
 from jaxpattern.training import History, train
 
 __all__ = [
+    "LLC",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",
+    "Chi",
     "CoordinateRegression",
     "DivergenceError",
     "DivergenceWarning",
+    "Estimator",
     "GrowthWarning",
     "History",
+    "Host",
     "Interrupted",
     "Intervention",
     "InversionMethod",
     "LocalLearningCoefficient",
+    "Measured",
     "Minibatch",
     "Plan",
     "Posterior",
     "PrincipalDirections",
+    "Problem",
     "ProcessError",
+    "Recorded",
+    "Recorder",
     "Response",
     "Restriction",
     "ResultFileError",
+    "Run",
+    "Sampler",
     "Solution",
     "Summary",
     "Sweep",
     "TokenInContext",
     "TokenMean",
+    "Trace",
     "UnreachableTargetWarning",
     "WeightsWarning",
     "box",
@@ -98,7 +116,6 @@ __all__ = [
     "complement",
     "components",
     "compose_weights",
-    "coordinates",
     "covariance",
     "entropic",
     "excess_loss",
@@ -114,10 +131,12 @@ __all__ = [
     "llc",
     "load",
     "localized_posterior",
+    "make_sampler",
     "mala",
     "mean_by_token",
     "mean_loss",
     "mean_losses",
+    "measure",
     "mesh",
     "pathwise",
     "prefix_matching_score",
@@ -127,8 +146,10 @@ __all__ = [
     "repeated_bigrams",
     "repeated_tokens",
     "restrict",
+    "restriction_mask",
     "ridge",
     "rmsprop_sgld",
+    "run_chains",
     "sample",
     "save",
     "sgld",
@@ -145,10 +166,15 @@ __all__ = [
 ]
 
 
+_RENAMED = {"coordinates": "restriction_mask", "UnreachableTarget": "UnreachableTargetWarning"}
+
+
 def __getattr__(name: str) -> object:
     """Old names, with a warning."""
-    if name == "UnreachableTarget":
-        from jaxpattern import inversion
+    if name in _RENAMED:
+        import warnings
 
-        return getattr(inversion, name)
+        new = _RENAMED[name]
+        warnings.warn(f"jp.{name} is now jp.{new}", DeprecationWarning, stacklevel=2)
+        return globals()[new]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxpattern import tables
 from jaxpattern.chains.divergence import check_alive
 from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.loop import Recorded, run_chains
@@ -47,6 +48,15 @@ class LocalLearningCoefficient(NamedTuple):
     trace: Float[Array, "chains draws"]
     diverged: Bool[Array, " chains"]
     cost: float
+
+    def __str__(self) -> str:
+        return tables.text(tables.llc, self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return tables.html(tables.llc, self)
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +115,9 @@ def llc(
         Lau et al. 2023, arXiv 2308.12108; Wang et al. 2024, arXiv 2410.02984.
     """
     run = make_run(key, posterior, sampler, plan)
-    with host_for("llc", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run) as host:
+    with host_for(
+        "llc", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run, posterior=posterior
+    ) as host:
         chains = run_chains(run, PairedExcessLoss(), host, label="LLC")
     check_alive(chains.alive, ("",), posterior)
     return coefficient(run, chains)

@@ -203,7 +203,7 @@ def union(params: Params, *restrictions: Restriction) -> Restriction:
     """
     if not restrictions:
         raise ValueError("union needs at least one restriction")
-    masks = [coordinates(restriction, params) for restriction in restrictions]
+    masks = [restriction_mask(restriction, params) for restriction in restrictions]
     counts = jax.tree.map(lambda *leaves: sum(leaf.astype(int) for leaf in leaves), *masks)
     shared = sum(int((leaf > 1).sum()) for leaf in jax.tree.leaves(counts))
     if shared:
@@ -217,13 +217,13 @@ def complement(params: Params, restriction: Restriction) -> Restriction:
     Raises:
         ValueError: it selects all of them.
     """
-    mask = jax.tree.map(np.logical_not, coordinates(restriction, params))
+    mask = jax.tree.map(np.logical_not, restriction_mask(restriction, params))
     if not any(leaf.any() for leaf in jax.tree.leaves(mask)):
         raise ValueError("the restriction selects every weight; its complement is empty")
     return by_mask(mask)
 
 
-def coordinates(restriction: Restriction, params: Params) -> PyTree[Bool[np.ndarray, "..."]]:
+def restriction_mask(restriction: Restriction, params: Params) -> PyTree[Bool[np.ndarray, "..."]]:
     """The boolean mask, a tree like the parameters, of the weights a restriction selects.
 
     Raises:

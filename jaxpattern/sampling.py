@@ -110,7 +110,13 @@ def sample(
     run = make_run(key, posterior, sampler, plan)
     recorder = observed(observe, posterior)
     with host_for(
-        "sample", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run, observe=observe
+        "sample",
+        checkpoint=checkpoint,
+        mesh=mesh,
+        progress=progress,
+        run=run,
+        posterior=posterior,
+        observe=observe,
     ) as host:
         chains = run_chains(run, recorder, host)
     check_alive(chains.alive, ("",), posterior)

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from jaxpattern import tables
 from jaxpattern.losses import (
     check_finite_losses,
     check_loss,
@@ -70,6 +71,15 @@ class History(NamedTuple):
     metrics: PyTree[Array]
     skipped: Int[Array, "*seeds"]
     optimizer_state: PyTree[Any]
+
+    def __str__(self) -> str:
+        return tables.text(tables.history, self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return tables.html(tables.history, self)
 
 
 class _State(NamedTuple):

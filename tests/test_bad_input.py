@@ -395,7 +395,7 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     ),
     "coordinates of a rotation": (
         restrict(
-            lambda: jp.coordinates(
+            lambda: jp.restriction_mask(
                 jp.Restriction(lambda p: p["a"][:1], lambda z, p: p | {"a": p["a"] + z}), PARAMS
             )
         ),

@@ -61,7 +61,7 @@ def test_parts_are_the_weights_their_names_say(across_layers):
     found, expected = jp.components(params, across_layers=across_layers), by_hand()
     assert set(found) == set(expected)
     for name, part in found.items():
-        masks = (jp.coordinates(r, params) for r in (part, expected[name]))
+        masks = (jp.restriction_mask(r, params) for r in (part, expected[name]))
         jax.tree.map(np.testing.assert_array_equal, *masks)
 
 

@@ -79,7 +79,7 @@ def case(request):
 
 def test_coordinates_are_the_numpy_mask(case):
     restriction, mask = case
-    jax.tree.map(np.testing.assert_array_equal, jp.coordinates(restriction, tree(0)), mask)
+    jax.tree.map(np.testing.assert_array_equal, jp.restriction_mask(restriction, tree(0)), mask)
 
 
 def test_lens_laws(case):
@@ -200,7 +200,7 @@ def test_a_lens_of_the_users_own(posterior):
     wanted = np.einsum("kij,ij->k", basis, full["mlp"][0])
     np.testing.assert_allclose(part.loss_gradient(z), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="must select coordinates"):
-        jp.coordinates(low_rank(basis), posterior.params)
+        jp.restriction_mask(low_rank(basis), posterior.params)
     plan = jp.Plan(num_chains=2, num_burnin=2, num_draws=4)
     sampler = jp.sgld(step_size=1e-3)
     trace = jp.sample(KEY, part, sampler, plan, lambda p: p["mlp"][0], progress=False)
@@ -212,7 +212,7 @@ def test_union_of_complements_covers_everything_once():
     params = tree(0)
     part = jp.by_mask(RANDOM_MASK)
     whole = jp.union(params, part, jp.complement(params, part))
-    assert all(leaf.all() for leaf in jax.tree.leaves(jp.coordinates(whole, params)))
+    assert all(leaf.all() for leaf in jax.tree.leaves(jp.restriction_mask(whole, params)))
 
 
 def test_numpy_parameters():

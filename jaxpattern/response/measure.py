@@ -85,6 +85,9 @@ def by_component(
         cost=cost,
         estimator=name,
         num_samples=columns,
+        loss_shapes=tuple((name, x.shape) for name, x in problem.probe_baseline.items())
+        if grouped
+        else (),
     )
 
 

@@ -85,7 +85,7 @@ def susceptibilities(
     )
     with host_for(
         "susceptibilities", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run,
-        problem=problem, estimator=estimator,
+        posterior=posterior, problem=problem, estimator=estimator,
     ) as host:  # fmt: skip
         return estimator(run, problem, host)
 
