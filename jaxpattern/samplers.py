@@ -44,6 +44,8 @@ class Sampler:
             can be differentiated where it is one.
         relaxation_steps: function of posterior and settings that gives the steps in which a chain
             forgets a direction of precision γ by a factor e, or None; itself None: not known.
+        step_scale: function of state and settings that gives the standard deviation of the random
+            part of a step, a number or one for each parameter; None: not known.
         name: what it is called.
     """
 
@@ -51,6 +53,9 @@ class Sampler:
     needs_minibatch: bool = field(default=True, metadata={"static": True})
     gradients_per_step: int | None = field(default=None, metadata={"static": True})
     relaxation_steps: Callable[[Posterior, dict[str, Any]], float | None] | None = field(
+        default=None, metadata={"static": True}
+    )
+    step_scale: Callable[[Any, dict[str, Any]], Any] | None = field(
         default=None, metadata={"static": True}
     )
     name: str = field(default="sampler", metadata={"static": True})
@@ -95,13 +100,14 @@ def make_sampler(
     needs_minibatch: bool = True,
     gradients_per_step: int | None = None,
     relaxation_steps: Callable[[Posterior, dict[str, Any]], float | None] | None = None,
+    step_scale: Callable[[Any, dict[str, Any]], Any] | None = None,
     name: str | None = None,
 ) -> Sampler:
     """A sampler from a function of the posterior that returns a `SamplingAlgorithm`.
 
     Args:
         algorithm: the function; a `jax.tree_util.Partial` of it makes its settings leaves.
-        needs_minibatch, gradients_per_step, relaxation_steps: see `Sampler`.
+        needs_minibatch, gradients_per_step, relaxation_steps, step_scale: see `Sampler`.
         name: what it is called when printed.
     """
     inner = getattr(algorithm, "func", algorithm)
@@ -110,6 +116,7 @@ def make_sampler(
         needs_minibatch=needs_minibatch,
         gradients_per_step=gradients_per_step,
         relaxation_steps=relaxation_steps,
+        step_scale=step_scale,
         name=name or str(getattr(inner, "__name__", type(inner).__name__)),
     )
 
@@ -152,8 +159,14 @@ def sgld(*, step_size: float | Float[Array, ""], noise: Noise = "flat") -> Sampl
         Partial(_noise_of(noise, _sgld, _sgld_by_leaf), step_size=step_size),
         gradients_per_step=1,
         relaxation_steps=_overdamped,
+        step_scale=_root_step,
         name="sgld",
     )
+
+
+def _root_step(state: Any, settings: dict[str, Any]) -> Any:
+    """√ε."""
+    return jnp.sqrt(settings["step_size"])
 
 
 def _overdamped(posterior: Posterior, settings: dict[str, Any]) -> float:
@@ -264,6 +277,7 @@ def rmsprop_sgld(
         ),
         gradients_per_step=1,
         relaxation_steps=_preconditioned,
+        step_scale=_preconditioned_scale,
         name="rmsprop_sgld",
     )
 
@@ -272,6 +286,12 @@ def _preconditioned(posterior: Posterior, settings: dict[str, Any]) -> float:
     """2 / (εγ) with the effective step ε / 2e, where gradients are of the size of `stability`."""
     step = float(settings["step_size"]) / (2 * float(settings["stability"]))
     return 2 / (step * float(posterior.localization))
+
+
+def _preconditioned_scale(state: Any, settings: dict[str, Any]) -> Any:
+    """√ε_t, elementwise, from the running mean without its correction."""
+    step, stability = settings["step_size"], settings["stability"]
+    return jax.tree.map(lambda v: jnp.sqrt(step / (_root(v) + stability)), state.square_average)
 
 
 @jax.tree_util.register_static
@@ -349,8 +369,14 @@ def sgnht(
         Partial(_sgnht, step_size=step_size, friction=friction),
         gradients_per_step=1,
         relaxation_steps=_underdamped,
+        step_scale=_momentum_scale,
         name="sgnht",
     )
+
+
+def _momentum_scale(state: Any, settings: dict[str, Any]) -> Any:
+    """h = √(ε/2), by which a momentum of variance 1 moves the position."""
+    return jnp.sqrt(settings["step_size"] / 2)
 
 
 def _underdamped(posterior: Posterior, settings: dict[str, Any]) -> float:

@@ -86,6 +86,7 @@ from jaxtyping import Array, Bool
 
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import Looked, Recorded, Segment, run_chains
+from jaxpattern.chains.pilot import fly
 from jaxpattern.chains.record import Nothing
 from jaxpattern.chains.run import Run
 from jaxpattern.posterior import Posterior
@@ -100,6 +101,7 @@ from jaxpattern.response.measure import (
     part_of_chains,
 )
 from jaxpattern.response.problem import Problem, check_reweighted
+from jaxpattern.response.products import Product, in_full_precision
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.schedule import block_sizes, mean_blocks, segments
 from jaxpattern.response.tangent import Tangent, tangent_cost
@@ -115,6 +117,12 @@ _FREE_BYTES = 2**24  # of which so many are never saved on
 _SLOTS = 64
 _LEAST_BATCHES = 4
 _HESSIAN_SHARE = 4
+_ROUNDING = 0.1
+_PRODUCTS = {
+    "central": "secants",
+    "one-sided": "one-sided secants",
+    "autodiff": "autodiff's Hessian",
+}
 
 
 class GrowthWarning(UserWarning):
@@ -143,6 +151,8 @@ class Pathwise:
     mode: Literal["adjoint", "tangent", "auto"] = "adjoint"
     probe_batch: int | None = None
     reweight_observable: bool = False
+    product: Product | Literal["auto"] = "auto"
+    width: float | None = None
 
     def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
         """The response matrix."""
@@ -158,7 +168,8 @@ class Pathwise:
             check_reweighted(problem)
             if self.mode != "adjoint":
                 raise ValueError(f"reweight_observable needs mode='adjoint', got {self.mode!r}")
-        tangent = Tangent(self.probe_batch, self.antithetic)
+        product = self.product_of(run, problem)
+        tangent = Tangent(self.probe_batch, self.antithetic, product, self.width or 1.0)
         if self.mode == "tangent":
             return tangent(run, problem, host)
         sweep = self.sweep(run, problem)
@@ -166,26 +177,40 @@ class Pathwise:
         if self.mode == "auto":
             if tangent_cost(run, problem, self.probe_batch) < cost:
                 return tangent(run, problem, host)
-            return group_mean(self._adjoint(sweep, problem, host, cost))
-        return self._adjoint(sweep, problem, host, cost)
+            return group_mean(self._adjoint(sweep, problem, host, product))
+        return self._adjoint(sweep, problem, host, product)
 
-    def _adjoint(self, sweep: Sweep, problem: Problem, host: Host, cost: float) -> Response:
-        run = sweep.run
+    def product_of(self, run: Run, problem: Problem) -> Product:
+        """Secants where the gradients are exact enough for them, autodiff's product elsewhere."""
+        if self.product != "auto":
+            return self.product
+        if run.sampler.step_scale is None:
+            return "autodiff"
+        pilots = [fly(run, group) for group in problem.groups]
+        known = [pilot.rounding for pilot in pilots if pilot is not None]
+        if known:
+            exact = bool(np.max(np.concatenate(known)) < _ROUNDING)
+        else:
+            exact = in_full_precision(run.posterior)
+        return "central" if exact else "autodiff"
+
+    def _adjoint(self, sweep: Sweep, problem: Problem, host: Host, product: Product) -> Response:
+        run, cost = sweep.run, self.cost(sweep, problem)
 
         def measure(group: ComponentGroup) -> Part:
             recorded = run_chains(
-                run, Nothing(), host, group, look=self.look(sweep, problem.core.on(host.mesh)),
+                run, Nothing(), host, group, look=self.look(sweep, problem.core.on(host.mesh), product),
                 segments=sweep.schedule, antithetic=self.antithetic,
                 label=f"pathwise χ {group.label}".strip(),
             )  # fmt: skip
             return self.part(run, problem, group, recorded)
 
         every = "" if self.every is None else f", every {self.every}"
-        name = f"pathwise (adjoint, window {sweep.window}{every})"
+        name = f"pathwise (adjoint, window {sweep.window}{every}, {_PRODUCTS[product]})"
         response = by_component(run, problem, measure, name=name, cost=cost)
         return self._where_it_grew(response, run, problem, host)
 
-    def look(self, sweep: Sweep, problem: Problem) -> Adjoint:
+    def look(self, sweep: Sweep, problem: Problem, product: Product = "central") -> Adjoint:
         """What sweeps back over the segments of a chain."""
         batch, plan = sweep.run.batch, sweep.run.plan
         part = self.hessian_batch or -(-batch // _HESSIAN_SHARE)
@@ -199,6 +224,8 @@ class Pathwise:
             direct=self.reweight_observable,
             hessian_batch=part if part < batch else None,
             reference_batch=plan.batch_size if fresh else None,
+            product=product,
+            width=np.asarray(self.width or 1.0, problem.offsets.dtype),
         )
 
     def part(self, run: Run, problem: Problem, group: ComponentGroup, recorded: Recorded) -> Part:
@@ -288,6 +315,8 @@ def pathwise(
     mode: Literal["adjoint", "tangent", "auto"] = "adjoint",
     probe_batch: int | None = None,
     reweight_observable: bool = False,
+    product: Product | Literal["auto"] = "auto",
+    width: float | None = None,
     direct: bool | None = None,
 ) -> Pathwise:
     """The pathwise estimator of χ: nβ χ_z = E Σ_t ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, c_t the chain's adjoint.
@@ -330,6 +359,11 @@ def pathwise(
             ⟨D_z⟩/nβ − D_z(w*)/nβ with D_z = ℓ_z − L: the response of an LLC in its second
             convention, see `llc`. Rows must be excess losses, so no observables; not in tangent
             mode.
+        product: how Hessian products are computed: `"central"` or `"one-sided"` differences of
+            gradients at the scale of the chain's noise, which see kinks, or `"autodiff"`. By
+            default central where the gradients are exact enough for it (float32 at full matmul
+            precision, which is measured), autodiff's elsewhere; the result says which.
+        width: c, the distance of those gradients from each other in units of 2 √ε. By default 1.
         direct: the old name of `reweight_observable`.
 
     Raises:
@@ -349,19 +383,26 @@ def pathwise(
     check_number("growth_limit", growth_limit, minimum=1.0)
     if mode not in ("adjoint", "tangent", "auto"):
         raise ValueError(f"mode must be 'adjoint', 'tangent' or 'auto', got {mode!r}")
+    if product not in ("auto", "central", "one-sided", "autodiff"):
+        raise ValueError(
+            f"product must be 'auto', 'central', 'one-sided' or 'autodiff', got {product!r}"
+        )
+    if width is not None:
+        check_number("width", width, minimum=0.0, exclusive=True)
     if on_growth not in ("truncate", "covariance"):
         raise ValueError(f"on_growth must be 'truncate' or 'covariance', got {on_growth!r}")
-    reweight = renamed("direct", direct, "reweight_observable", reweight_observable)
     return Pathwise(
-        window,
-        every,
-        antithetic,
-        hessian_batch,
-        growth_limit,
-        on_growth,
-        mode,
-        probe_batch,
-        reweight,
+        window=window,
+        every=every,
+        antithetic=antithetic,
+        hessian_batch=hessian_batch,
+        growth_limit=growth_limit,
+        on_growth=on_growth,
+        mode=mode,
+        probe_batch=probe_batch,
+        reweight_observable=renamed("direct", direct, "reweight_observable", reweight_observable),
+        product=product,
+        width=width,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxpattern.chains.kernel import position_of
@@ -35,7 +36,7 @@ from jaxpattern.response.measure import (
     part_of_chains,
 )
 from jaxpattern.response.problem import Problem
-from jaxpattern.response.products import hessian_products
+from jaxpattern.response.products import Product, hessian_products
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import floats_of, given_step
 from jaxpattern.runtime.host import Host
@@ -59,7 +60,9 @@ class TangentAlgorithm:
 
     sampler: Sampler
     problem: Problem
+    width: Any
     probe_batch: int | None = field(metadata={"static": True})
+    product: Product = field(metadata={"static": True})
 
     def __call__(self, posterior: Any) -> SamplingAlgorithm:
         algorithm = self.sampler(posterior)
@@ -107,7 +110,18 @@ class TangentAlgorithm:
                 return posterior.loss_gradient(w, minibatch)
 
             # H δ_g + ∇(ℓ_g − L) of every group, through one step.
-            bent = hessian_products(gradient_at, position, jax.vmap(tangent_position)(tangents))
+            sampler = self.sampler
+            bent = hessian_products(
+                gradient_at,
+                position,
+                jax.vmap(tangent_position)(tangents),
+                product=self.product,
+                scale=1.0
+                if sampler.step_scale is None
+                else sampler.step_scale(inner, sampler.settings),
+                width=self.width,
+                key=jax.random.fold_in(key, 2),
+            )
             pushed = jax.tree.map(jnp.add, bent, tilt_gradient(tilt_key, position))
             gradient = gradient_at(position)
             _, linear, inner = jax.linearize(move, floats.leaves, gradient, has_aux=True)
@@ -172,12 +186,16 @@ class Tangent:
 
     probe_batch: int | None
     antithetic: bool
+    product: Product
+    width: float
 
     def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
         """The response matrix."""
         # Probes are drawn from at each step, and lie everywhere.
         spread = put(problem.core, host.mesh)
-        algorithm = TangentAlgorithm(run.sampler, spread, self.probe_batch)
+        algorithm = TangentAlgorithm(
+            run.sampler, spread, np.float32(self.width), self.probe_batch, self.product
+        )
         carried = replace(run, sampler=Sampler(algorithm, name=f"tangents of {run.sampler.name}"))
         names = tuple(sorted(problem.probes))
 
