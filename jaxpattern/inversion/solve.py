@@ -367,7 +367,8 @@ def _name(
     predicted = by_row(result.predicted)
     wanted = {rows[k]: result.wanted[i] for i, k in enumerate(constrained)}
     return Intervention(
-        weights=result.weights,
+        # In the order of the response: `jit` returns dictionaries sorted.
+        weights={name: result.weights[name] for name in response.chi},
         cross_fitted_shift=by_row(result.cross_fitted),
         cross_fitted_stderr=by_row(result.cross_fitted_stderr),
         predicted_shift=predicted,

@@ -38,7 +38,7 @@ class Response:
         nbeta: inverse temperature of the posterior.
         mean: ⟨φ⟩ of each row, `[K]`.
         mean_stderr: its standard error, `[K]`.
-        rhat: rank-normalised split R-hat of each row's observable, `[K]`.
+        rhat: rank-normalized split R-hat of each row's observable, `[K]`.
         ess: effective sample size of each row's observable, over all chains, `[K]`.
         diverged: which chains were lost, `[K, chains]`; they count in no estimate.
         estimator: which estimator, with the settings it chose.
