@@ -69,6 +69,7 @@ from jaxpattern.sampling import sample
 from jaxpattern.several import LLC, Chi, Measured, measure
 from jaxpattern.sweep import Sweep, sweep
 from jaxpattern.training import History, train
+from jaxpattern.verdict import UnreliableError, UnreliableWarning
 
 __all__ = [
     "LLC",
@@ -108,6 +109,8 @@ __all__ = [
     "TokenMean",
     "Trace",
     "UnreachableTargetWarning",
+    "UnreliableError",
+    "UnreliableWarning",
     "WeightsWarning",
     "box",
     "by_mask",

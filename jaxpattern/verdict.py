@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -53,9 +54,7 @@ def trend(trace: Any, alive: Any, num_batches: int) -> Trend:
     draws = trace.shape[1]
     number = min(max(num_batches, 4), draws)
     edges = np.arange(number + 1) * draws // number
-    means = xp.stack(
-        [xp.mean(trace[:, a:b], axis=1) for a, b in zip(edges[:-1], edges[1:], strict=True)], axis=1
-    )
+    means = xp.stack([xp.mean(trace[:, a:b], axis=1) for a, b in pairwise(edges)], axis=1)
     means = xp.where(alive[:, None], means, 0.0)
     time = np.linspace(-0.5, 0.5, number).astype(trace.dtype)
     chains = xp.maximum(xp.sum(alive), 1)
@@ -68,12 +67,12 @@ def trend(trace: Any, alive: Any, num_batches: int) -> Trend:
     spread = xp.where(alive[:, None], trace - xp.mean(trace, axis=1, keepdims=True), 0.0)
     deviation = xp.sqrt(xp.sum(spread**2) / (chains * draws))
     tiny = np.finfo(np.dtype(trace.dtype)).tiny
-    return Trend(xp.abs(slope) / xp.maximum(error, tiny), xp.abs(slope) / xp.maximum(deviation, tiny))
+    return Trend(
+        xp.abs(slope) / xp.maximum(error, tiny), xp.abs(slope) / xp.maximum(deviation, tiny)
+    )
 
 
-def unsettled(
-    *, rhat: float, ess: float, spread: float, drift: float, size: float
-) -> list[str]:
+def unsettled(*, rhat: float, ess: float, spread: float, drift: float, size: float) -> list[str]:
     """What is wrong with the chains behind one number."""
     if spread == 0:
         return ["it never changed: the chains do not move, or it does not depend on them"]
@@ -94,13 +93,10 @@ def stiff(stiffness: float) -> list[str]:
     """What is wrong with the step."""
     if not stiffness > STIFF:
         return []
-    outcome = (
-        "chains leave for infinity beyond 4"
-        if stiffness > UNSTABLE
-        else f"the stiffest direction is sampled at {1 / (1 - stiffness / 4):.1f} times its variance"
-        if stiffness < UNSTABLE
-        else "the chain is at the edge of stability"
-    )
+    if stiffness >= UNSTABLE:
+        outcome = "chains leave for infinity from 4 on"
+    else:
+        outcome = f"its variance is {1 / (1 - stiffness / 4):.1f} times the right one"
     return [
         f"the step is too large for the stiffest direction (εP = {stiffness:.2g}; {outcome}): take "
         "a smaller step_size"

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxpattern import moments
 from jaxpattern.chains.divergence import all_finite
 from jaxpattern.chains.kernel import position_of, step_keys
 from jaxpattern.chains.programs import Past
 from jaxpattern.chains.record import Glance
+from jaxpattern.moments import Moments
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.products import Product, derivatives_along, hessian_products
@@ -26,10 +28,15 @@ from jaxpattern.types import Position
 
 
 class Sums(NamedTuple):
-    """Σ over the draws of a group of nβ χ's summands over nβ, and their number."""
+    """Of a group of draws: Σ of χ's summands, their number, and the co-moments of φ and D beside.
+
+    The covariance of the same draws costs nothing more, since the sweep evaluates D anyway, one
+    step behind each draw; it is what χ is compared with.
+    """
 
     chi: dict[str, Float[Array, "*lead rows ..."]]
     num_draws: Float[Array, "*lead"]
+    beside: Moments
 
 
 class Health(NamedTuple):
@@ -53,6 +60,7 @@ class Backward(NamedTuple):
     whole: Bool[Array, " rows"]
     total: dict[str, Array]
     values: Float[Array, "slots rows"]
+    beside: Moments
     tail: Float[Array, "blocks rows"]
 
 
@@ -87,7 +95,9 @@ class Adjoint:
 
     def init(self, posterior: Posterior) -> PyTree[Array]:
         """No draws yet."""
-        return Sums(self._no_columns(), jnp.zeros((), self._dtype))
+        columns = jax.tree.map(jnp.zeros_like, self.problem.probe_baseline)
+        beside = moments.init(jnp.zeros_like(self.problem.offsets), columns)
+        return Sums(self._no_columns(), jnp.zeros((), self._dtype), beside)
 
     def shapes(self, posterior: Posterior) -> tuple[PyTree[Array], PyTree[Array]]:
         """φ of the draws, `[slots, rows]`, and the health of the sweep."""
@@ -122,6 +132,7 @@ class Adjoint:
             whole=jnp.ones(rows, bool),
             total=self._no_columns(),
             values=jnp.zeros((self.slots, rows), self._dtype),
+            beside=accumulator.beside,
             tail=jnp.zeros((self.tail_blocks, rows), self._dtype),
         )
         end = jax.lax.fori_loop(0, about.num_blocks, partial(self._block, past), start)
@@ -135,7 +146,9 @@ class Adjoint:
                 remainder=_norm(end.adjoint, past.last) / jnp.maximum(end.at_draw, 1e-30),
                 tail=(end.tail / size[None]).T,
             ),
-            accumulator=Sums(jax.tree.map(jnp.add, accumulator.chi, end.total), num_draws),
+            accumulator=Sums(
+                jax.tree.map(jnp.add, accumulator.chi, end.total), num_draws, end.beside
+            ),
             finite=all_finite((end.values, end.total)),
         )
 
@@ -182,6 +195,12 @@ class Adjoint:
         level, added = self._along(past, state, push, reference_key)
         added = jax.tree.map(lambda x: size / nbeta * x, added)
         added_size = _size(added)
+        beside = jax.lax.cond(
+            slot >= 0,
+            lambda both: moments.update(both, sweep.values[slot], level),
+            lambda both: both,
+            sweep.beside,
+        )
         if self.direct:  # ⟨D_z⟩/nβ − D_z(w*)/nβ, from the same steps
             share = about.draws * size / about.length / nbeta
             added = jax.tree.map(lambda x, d: x + share * d[None], added, level)
@@ -195,6 +214,7 @@ class Adjoint:
             growth=jnp.maximum(sweep.growth, growth),
             whole=whole,
             total=jax.tree.map(jnp.add, sweep.total, added),
+            beside=beside,
             tail=sweep.tail.at[place].set(added_size, mode="drop"),
         )
 

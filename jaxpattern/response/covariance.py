@@ -29,6 +29,7 @@ from jaxpattern.chains.divergence import check_alive
 from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import Recorded, run_chains
+from jaxpattern.chains.pilot import Pilot, fly
 from jaxpattern.chains.run import Run
 from jaxpattern.moments import Moments, outer
 from jaxpattern.posterior import Posterior
@@ -64,7 +65,7 @@ class Covariance:
                 run, CoMoments(problem.core.on(host.mesh)), host, group,
                 label=f"χ {group.label}".strip(),
             )  # fmt: skip
-            return self.part(run, problem, group, recorded, full)
+            return self.part(run, problem, group, recorded, full, fly(run, group))
 
         components = problem.num_components + (full is not None)
         cost = components * self.cost(run, problem)
@@ -89,6 +90,7 @@ class Covariance:
         group: ComponentGroup,
         recorded: Recorded,
         full: Recorded | None = None,
+        pilot: Pilot | None = None,
     ) -> Part:
         """χ of a group from chains that recorded `CoMoments`."""
         alive, means = recorded.alive, None
@@ -100,8 +102,9 @@ class Covariance:
         nbeta = run.posterior.nbeta if self.reweight_observable else None
         estimates = _finish(recorded.added, alive, means, problem.offsets, nbeta)
         return part_of_chains(
-            run, problem, group, estimates, alive, recorded.kept, num_batches=run.plan.batches
-        )
+            run, problem, group, estimates, alive, recorded.kept,
+            num_batches=run.plan.batches, pilot=pilot,
+        )  # fmt: skip
 
     def _over_all_weights(self, run: Run, problem: Problem, host: Host) -> Recorded:
         # Component ids count from 0; the chains over all weights come after the last of them.

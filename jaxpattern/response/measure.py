@@ -13,11 +13,14 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxpattern.chains.divergence import check_alive
 from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.pilot import Pilot
 from jaxpattern.chains.run import Run
 from jaxpattern.diagnostics import Summary, numbers_of, on_device, summarize
+from jaxpattern.moments import Moments
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response
 from jaxpattern.validation import is_concrete
+from jaxpattern.verdict import trend
 
 
 class Estimates(NamedTuple):
@@ -149,6 +152,7 @@ def part_of_chains(
     *,
     num_batches: int,
     antithetic: bool = False,
+    pilot: Pilot | None = None,
 ) -> Part:
     """Estimates with the health of the chains they come from, whose φ − φ(w*) is the trace.
 
@@ -166,7 +170,28 @@ def part_of_chains(
     summary = Summary(*(xp.stack([xp.asarray(row[i]) for row in rows]) for i in range(4)))
     summary = summary._replace(mean=summary.mean + xp.tile(offsets, trace.shape[0]))
     diverged = xp.repeat(~alive, problem.num_rows, axis=0)
-    return Part(estimates, Summary(*map(on_device, summary)), diverged)
+    health = _health(trace, alive, num_batches, antithetic)
+    stiffness = np.full(trace.shape[0], np.nan) if pilot is None else pilot.stiffness
+    health["stiffness"] = np.repeat(stiffness, problem.num_rows).astype(trace.dtype)
+    found = estimates.diagnostics | {name: on_device(x) for name, x in health.items()}
+    return Part(estimates._replace(diagnostics=found), Summary(*map(on_device, summary)), diverged)
+
+
+def _health(trace: Any, alive: Any, num_batches: int, antithetic: bool) -> dict[str, Any]:
+    """What the verdict looks at, `[row]` over all components."""
+    xp = np if isinstance(trace, np.ndarray) else jnp
+    components, _, _, rows = trace.shape
+    found: dict[str, list[Any]] = {"drift": [], "drift_size": [], "spread": [], "groups": []}
+    for c in range(components):
+        here = xp.where(alive[c][:, None, None], trace[c], 0.0)
+        independent = join_twins(alive[c]) > 0 if antithetic else alive[c]
+        for k in range(rows):
+            drift, size = trend(here[:, :, k], alive[c], num_batches)
+            found["drift"].append(drift)
+            found["drift_size"].append(size)
+            found["spread"].append(xp.max(here[:, :, k]) - xp.min(here[:, :, k]))
+            found["groups"].append(xp.sum(independent) * num_batches)
+    return {n: xp.stack([xp.asarray(x, trace.dtype) for x in v]) for n, v in found.items()}
 
 
 def _summarize_row(trace: Any, alive: Any, num_batches: int, antithetic: bool) -> Summary:
@@ -228,3 +253,39 @@ def batch_estimates(
     results = {name: one(total) for name, total in sums.items()}
     chi, stderr, halves, batches = ({n: r[i] for n, r in results.items()} for i in range(4))
     return Estimates(chi, stderr, halves, batches, {})
+
+
+def slope_beside(
+    beside: Moments, chi: dict[str, Array], alive: Bool[Array, " chains"], antithetic: bool
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """The covariance of the same draws along a pathwise χ̂, Σ_j χ̂_j Ĉ_j / Σ_j χ̂_j², with its error.
+
+    1 where both are right. By groups of draws as `covariance`, from
+    x_g = −[C_g/n_g + (a_g − ā)(b_g − b̄)] of φ and of the one number Σ_j χ̂_j D_j; pairs of twins count once.
+    """
+
+    def along(values: dict[str, Array], lead: int) -> Array:
+        """Σ_j χ̂_kj values_j over all columns: `[chain, group, row]`."""
+        parts = []
+        for name, x in values.items():
+            weights = chi[name].reshape(chi[name].shape[0], -1)
+            flat = x.reshape(*x.shape[:lead], -1)
+            each = jnp.sum(flat * weights, -1) if lead == 3 else flat @ weights.T
+            parts.append(each)
+        return jnp.sum(jnp.stack(parts), 0)
+
+    count = beside.weight * alive[:, None]
+    share = count / jnp.sum(count)
+    mean_b, comoment = along(beside.mean_b, 2), along(beside.comoment, 3)
+    centered = [x - jnp.sum(share[..., None] * x, (0, 1)) for x in (beside.mean_a, mean_b)]
+    each = comoment / jnp.maximum(count, 1.0)[..., None] + centered[0] * centered[1]
+    x = jnp.where(share[..., None] > 0, -each * share[..., None], 0.0)
+    if antithetic:
+        x, share, alive = join_twins(x), join_twins(share), join_twins(alive) > 0
+    total = jnp.sum(x, (0, 1))
+    number = jnp.sum(share > 0)
+    squares = jnp.sum((x - share[..., None] * total) ** 2, (0, 1))
+    size = sum(jnp.sum(c.reshape(c.shape[0], -1) ** 2, 1) for c in chi.values())
+    bessel = jnp.sum(count) / jnp.maximum(jnp.sum(count) - 1, 1)
+    scale = bessel / jnp.where(size > 0, size, jnp.nan)
+    return scale * total, scale * jnp.sqrt(squares * number / jnp.maximum(number - 1, 1))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jaxpattern import tables
+from jaxpattern import tables, verdict
 from jaxpattern.response.columns import Columns
-from jaxpattern.validation import check_names, check_number
+from jaxpattern.validation import check_names, check_number, is_concrete
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +83,32 @@ class Response:
             return columns
         return replace(columns, loss_shapes=tuple(known[name] for name in names))
 
+    def interval(self, level: float = 0.95) -> Interval:
+        """χ̂ ± t · stderr, with Student's t for as many groups of draws as the errors come from.
+
+        Args:
+            level: the share of intervals that are to hold χ.
+        """
+        check_number("level", level, minimum=0.0, exclusive=True)
+        if not level < 1:
+            raise ValueError(f"level must be below 1, got {level:g}")
+        groups = np.asarray(self.diagnostics.get("groups", np.inf), np.float64)
+        factor = scipy.stats.t.ppf((1 + level) / 2, np.maximum(groups - 1, 1))
+
+        def width(x: Array) -> Array:
+            rows = np.broadcast_to(factor, len(self.rows)).reshape(-1, *(1,) * (x.ndim - 1))
+            return x * rows.astype(x.dtype)
+
+        return Interval(
+            low={name: x - width(self.stderr[name]) for name, x in self.chi.items()},
+            high={name: x + width(self.stderr[name]) for name, x in self.chi.items()},
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether the rows can be trusted, in words."""
+        return verdict.say("χ", list(zip(self.rows, doubts(self), strict=True)))
+
     def __str__(self) -> str:
         return tables.text(_page, self)
 
@@ -88,6 +116,53 @@ class Response:
 
     def _repr_html_(self) -> str:
         return tables.html(_page, self)
+
+
+class Interval(NamedTuple):
+    """The ends of an interval around each χ; probe set → array like χ."""
+
+    low: dict[str, Array]
+    high: dict[str, Array]
+
+
+def doubts(response: Response) -> list[list[str]]:
+    """What speaks against each row; nothing is known of a response that is being traced."""
+    if not is_concrete(response.mean) or np.ndim(response.nbeta):
+        return [[] for _ in response.rows]
+    known = {name: np.asarray(x, np.float64) for name, x in response.diagnostics.items()}
+    nan = np.full(len(response.rows), np.nan)
+    of = {name: known.get(name, nan) for name in _LOOKED_AT}
+    found = []
+    for k in range(len(response.rows)):
+        here = verdict.unsettled(
+            rhat=float(response.rhat[k]), ess=float(response.ess[k]),
+            spread=float(of["spread"][k]), drift=float(of["drift"][k]),
+            size=float(of["drift_size"][k]),
+        )  # fmt: skip
+        if of["remainder"][k] > verdict.REMAINDER:
+            here.append(
+                f"{of['remainder'][k]:.0%} of the adjoint is left at the end of its window, which "
+                "is as long as the chain or as you set it: χ is incomplete. A longer burn-in, a "
+                "larger window or a larger step"
+            )
+        slope, error = of["slope"][k], of["slope_error"][k]
+        if verdict.disagree(slope, error, of["groups"][k]):
+            here.append(
+                f"the covariance of the same draws is {slope:.2g} ± {error:.1g} times χ: the loss "
+                "jumps, the chains hop over barriers, or small mini-batches heat them. Compare "
+                "with covariance(), and with a larger batch_size"
+            )
+        here += verdict.stiff(float(of["stiffness"][k]))
+        if of["residual"][k] > verdict.REMAINDER:
+            here.append("nβ H + γ is not positive definite, or the solves did not converge")
+        found.append(here)
+    return found
+
+
+_LOOKED_AT = (
+    "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups", "stiffness",
+    "residual",
+)  # fmt: skip
 
 
 def group_mean(response: Response, shares: Mapping[str, float] | None = None) -> Response:
@@ -171,6 +246,7 @@ def _page(response: Response) -> tables.Page:
     lost = int(jnp.sum(jnp.any(response.diverged, axis=-1)))
     if lost:
         notes.append(f"Chains diverged in {lost} rows; they count in no number.")
+    notes.append(f"Verdict: {response.verdict}.")
     return tables.Page(title, (tables.Grid(header, body),), tuple(notes))
 
 

@@ -16,12 +16,13 @@ from jaxpattern.response.covariance import covariance
 from jaxpattern.response.estimator import Estimator
 from jaxpattern.response.pathwise import pathwise
 from jaxpattern.response.problem import Problem, build_problem, named
-from jaxpattern.response.result import Response
+from jaxpattern.response.result import Response, doubts
 from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
 from jaxpattern.types import Batch
 from jaxpattern.validation import check_function
+from jaxpattern.verdict import warn
 
 
 def susceptibilities(
@@ -87,7 +88,15 @@ def susceptibilities(
         "susceptibilities", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run,
         posterior=posterior, problem=problem, estimator=estimator,
     ) as host:  # fmt: skip
-        return estimator(run, problem, host)
+        response = estimator(run, problem, host)
+    warn_of(response)
+    return response
+
+
+def warn_of(response: Response) -> None:
+    """A warning, where something speaks against rows of a response that can be looked at."""
+    if any(doubts(response)):
+        warn(response.verdict)
 
 
 def choose_estimator(run: Run, estimator: Estimator | None) -> Estimator:

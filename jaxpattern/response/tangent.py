@@ -13,6 +13,7 @@ the data, which are drawn independently of the step's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxpattern import moments
 from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import run_chains
+from jaxpattern.chains.pilot import Pilot
 from jaxpattern.chains.run import Run
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.measure import (
@@ -34,6 +37,7 @@ from jaxpattern.response.measure import (
     by_component,
     over_components,
     part_of_chains,
+    slope_beside,
 )
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.products import Product, hessian_products
@@ -51,6 +55,7 @@ class TangentState(NamedTuple):
     position: Position
     state: PyTree[Array]
     tangents: list[Array]
+    levels: Float[Array, "*lead groups"]
 
 
 @jax.tree_util.register_dataclass
@@ -74,27 +79,30 @@ class TangentAlgorithm:
                 jnp.zeros((len(groups), *leaf.shape), leaf.dtype)
                 for leaf in floats_of(state).leaves
             ]
-            return TangentState(position_of(state), state, tangents)
+            levels = jnp.zeros(len(groups), self.problem.offsets.dtype)
+            return TangentState(position_of(state), state, tangents, levels)
 
-        def tilt_gradient(key: Key[Array, ""], position: Position) -> Position:
-            """∇(ℓ_g − L) of every group, `[G, ...]`."""
+        def tilts(key: Key[Array, ""], position: Position) -> tuple[Array, Position]:
+            """L_g − L of every group, and its gradient, `[G, ...]`."""
             keys = jax.random.split(posterior.own_key(key), len(groups) + 1)
-            reference = jax.grad(self._reference)(position, posterior, keys[0])
-            gradient = jax.grad(lambda w, batch: jnp.mean(posterior.losses(w, batch)))
+            level, reference = jax.value_and_grad(self._reference)(position, posterior, keys[0])
+            measure = jax.value_and_grad(lambda w, batch: jnp.mean(posterior.losses(w, batch)))
             batches = [self._part(batch, key) for batch, key in zip(groups, keys[1:], strict=True)]
             shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
             if all(shape == shapes[0] for shape in shapes):
                 stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
-                gradients = jax.vmap(partial(gradient, position))(stacked)
+                levels, gradients = jax.vmap(partial(measure, position))(stacked)
             else:
-                each = [gradient(position, batch) for batch in batches]
-                gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-            return jax.tree.map(lambda g, base: g - base[None], gradients, reference)
+                each = [measure(position, batch) for batch in batches]
+                levels, gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+            return levels - level, jax.tree.map(
+                lambda g, base: g - base[None], gradients, reference
+            )
 
         def step(key: Key[Array, ""], state: TangentState, minibatch: Minibatch) -> TangentState:
             # The step keeps the key it would have had: the chain is the plain sampler's.
             tilt_key = jax.random.fold_in(key, 1)
-            position, inner, tangents = state
+            position, inner, tangents, _ = state
             floats = floats_of(inner)
 
             def move(leaves: list[Array], gradient: Position) -> tuple[list[Array], Any]:
@@ -122,10 +130,12 @@ class TangentAlgorithm:
                 width=self.width,
                 key=jax.random.fold_in(key, 2),
             )
-            pushed = jax.tree.map(jnp.add, bent, tilt_gradient(tilt_key, position))
+            levels, tilt = tilts(tilt_key, position)
+            pushed = jax.tree.map(jnp.add, bent, tilt)
             gradient = gradient_at(position)
             _, linear, inner = jax.linearize(move, floats.leaves, gradient, has_aux=True)
-            return TangentState(position_of(inner), inner, jax.vmap(linear)(tangents, pushed))
+            tangents = jax.vmap(linear)(tangents, pushed)
+            return TangentState(position_of(inner), inner, tangents, levels)
 
         return SamplingAlgorithm(init, step)
 
@@ -159,7 +169,8 @@ class TangentRecorder:
         """No draws yet."""
         rows, groups = self.problem.num_rows, len(self.problem.probes)
         dtype = self.problem.offsets.dtype
-        return jnp.zeros((rows, groups), dtype), jnp.zeros((), dtype)
+        beside = moments.init(jnp.zeros(rows, dtype), jnp.zeros(groups, dtype))
+        return jnp.zeros((rows, groups), dtype), beside
 
     def value(
         self, posterior: Posterior, state: TangentState, key: Key[Array, ""], batch_size: int | None
@@ -172,12 +183,15 @@ class TangentRecorder:
             return self.problem.phi_at(posterior, position_of(floats.rebuild(leaves)))
 
         values, linear = jax.linearize(phi, floats.leaves)
-        return values, jax.vmap(linear)(state.tangents).T / posterior.nbeta
+        slopes = jax.vmap(linear)(state.tangents).T / posterior.nbeta
+        # The levels of the step before the draw: what the covariance beside is made of.
+        return values, (slopes, values, state.levels)
 
     def update(self, accumulator: PyTree[Array], added: PyTree[Array]) -> PyTree[Array]:
         """One more draw."""
-        total, count = accumulator
-        return total + added, count + 1
+        total, beside = accumulator
+        slopes, values, levels = added
+        return total + slopes, moments.update(beside, values, levels)
 
 
 @dataclass(frozen=True)
@@ -189,7 +203,9 @@ class Tangent:
     product: Product
     width: float
 
-    def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
+    def __call__(
+        self, run: Run, problem: Problem, host: Host, pilots: Mapping[Any, Pilot | None]
+    ) -> Response:
         """The response matrix."""
         # Probes are drawn from at each step, and lie everywhere.
         spread = put(problem.core, host.mesh)
@@ -208,6 +224,7 @@ class Tangent:
             return part_of_chains(
                 run, problem, group, estimates, recorded.alive, recorded.kept,
                 num_batches=run.plan.batches, antithetic=self.antithetic,
+                pilot=pilots[group.ids],
             )  # fmt: skip
 
         cost = tangent_cost(run, problem, self.probe_batch)
@@ -221,9 +238,15 @@ def _finish(
     added: Any, alive: Bool[Array, "components chains"], names: tuple[str, ...], antithetic: bool
 ) -> Estimates:
     def one(added: Any, alive: Array) -> Estimates:
-        total, count = added
+        total, beside = added
         sums = {name: total[..., g] for g, name in enumerate(names)}
-        return batch_estimates(sums, count, alive, antithetic)
+        estimates = batch_estimates(sums, beside.weight, alive, antithetic)
+        by_name = {name: beside.mean_b[..., g] for g, name in enumerate(names)}
+        joint = {name: beside.comoment[..., g] for g, name in enumerate(names)}
+        slope, error = slope_beside(
+            beside._replace(mean_b=by_name, comoment=joint), estimates.chi, alive, antithetic
+        )
+        return estimates._replace(diagnostics={"slope": slope, "slope_error": error})
 
     return over_components(one, added, alive)
 
