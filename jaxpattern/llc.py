@@ -37,7 +37,7 @@ from jaxpattern.diagnostics import numbers_of, on_device, summarize
 from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
-from jaxpattern.verdict import say, stiff, trend, unsettled, warn
+from jaxpattern.verdict import coarse, say, stiff, trend, unsettled, warn
 
 
 class LocalLearningCoefficient(NamedTuple):
@@ -52,6 +52,7 @@ class LocalLearningCoefficient(NamedTuple):
     diverged: Bool[Array, " chains"]
     cost: float
     stiffness: Float[Array, ""] | float = float("nan")
+    spacing: Float[Array, ""] | float = float("nan")
 
     @property
     def verdict(self) -> str:
@@ -63,7 +64,9 @@ class LocalLearningCoefficient(NamedTuple):
             rhat=float(self.rhat), ess=float(self.ess), spread=float(np.ptp(living)),
             drift=float(drift), size=float(size),
         )  # fmt: skip
-        return say("LLC", [("", found + stiff(float(self.stiffness)))])
+        return say(
+            "LLC", [("", [*found, *stiff(float(self.stiffness)), *coarse(float(self.spacing))])]
+        )
 
     def __str__(self) -> str:
         return tables.text(tables.llc, self)
@@ -143,8 +146,8 @@ def llc(
 def coefficient(run: Run, chains: Recorded, pilot: Pilot | None) -> LocalLearningCoefficient:
     """λ̂ and its error from chains that kept `PairedExcessLoss`."""
     plan = run.plan
-    alive, excess = numbers_of((chains.alive[0], chains.kept[0]))
-    trace = run.posterior.nbeta * excess
+    alive, excess, nbeta = numbers_of((chains.alive[0], chains.kept[0], run.posterior.nbeta))
+    trace = (nbeta * excess).astype(excess.dtype)
     summary = summarize(trace, num_batches=plan.batches, alive=alive)
     xp = np if isinstance(trace, np.ndarray) else jnp
     result = LocalLearningCoefficient(
@@ -157,6 +160,7 @@ def coefficient(run: Run, chains: Recorded, pilot: Pilot | None) -> LocalLearnin
         diverged=on_device(~alive),
         cost=plan.num_chains * run.batch * (plan.num_steps + plan.num_draws * 2 / 3),
         stiffness=on_device(np.asarray(np.nan if pilot is None else pilot.stiffness[0], "f")),
+        spacing=on_device(np.asarray(np.nan if pilot is None else pilot.spacing[0], "f")),
     )
     if isinstance(trace, np.ndarray) and not result.verdict.startswith("nothing"):
         warn(result.verdict, stacklevel=2)

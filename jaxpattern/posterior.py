@@ -102,16 +102,17 @@ class Posterior:
     @property
     def centre(self) -> Position:
         """The position of w*."""
-        return self._reflect(jax.tree.map(widen, self._select(self.params)))
+        return self._reflect(jax.tree.map(widen, self.select(self.params)))
 
     def embed(self, position: Position) -> Params:
         """The full weights at a position: everything outside the restriction stays at w*."""
-        like = self._select(self.params)
+        like = self.select(self.params)
         weights = self._reflect(position)
         narrow = jax.tree.map(lambda x, reference: x.astype(reference.dtype), weights, like)
         return narrow if self.restriction is None else self.restriction.embed(narrow, self.params)
 
-    def _select(self, params: Params) -> Params:
+    def select(self, params: Params) -> Position:
+        """What of the parameters a chain moves, in their own types."""
         return params if self.restriction is None else self.restriction.select(params)
 
     def _reflect(self, position: Position) -> Position:

@@ -103,9 +103,19 @@ def stiff(stiffness: float) -> list[str]:
     ]
 
 
+def coarse(spacing: float) -> list[str]:
+    """What is wrong with the type of the parameters."""
+    if not spacing > 1:
+        return []
+    return [
+        f"parameters narrower than float32 lie {spacing:.1g} times as far apart as the posterior "
+        "is wide: the loss does not see what the chain does. Give float32 parameters"
+    ]
+
+
 def disagree(slope: float, error: float, groups: float) -> bool:
     """Whether the covariance of the same draws contradicts a pathwise row."""
-    if not (np.isfinite(slope) and np.isfinite(error)) or groups < 3:
+    if not (np.isfinite(slope) and error > 0) or groups < 3:
         return False
     limit = scipy.stats.t.isf(_RARE, groups - 1) * error
     return abs(slope - 1) > max(SLOPE, float(limit))

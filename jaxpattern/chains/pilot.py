@@ -38,11 +38,14 @@ class Pilot(NamedTuple):
         rounding: error of a difference of gradients over a step of the noise, relative to it (or to
             what the localization adds to it).
         gradient: root mean square of the loss gradient.
+        spacing: how far apart parameters narrower than float32 lie (half of it, root mean square),
+            over the widest that the posterior can be, 1/√γ.
     """
 
     stiffness: Float[np.ndarray, " components"]
     rounding: Float[np.ndarray, " components"]
     gradient: Float[np.ndarray, " components"]
+    spacing: Float[np.ndarray, " components"]
 
 
 def fly(run: Run, group: ComponentGroup) -> Pilot | None:
@@ -74,7 +77,7 @@ def _fly(
 
 def _fly_one(
     key: Key[Array, ""], posterior: Posterior, sampler: Any, batch_size: int | None
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     keys = jax.random.split(key, 4)
     size = batch_size and min(posterior.num_samples, max(batch_size, _SAMPLES))
     minibatch = posterior.minibatch(keys[0], size)
@@ -118,7 +121,20 @@ def _fly_one(
     rounding = noise / jnp.maximum(jnp.maximum(optax.tree.norm(whole), tether), 1e-30)
     squares = jax.tree.map(lambda g: jnp.mean(g**2), here)
     mean = sum(jax.tree.leaves(squares)) / len(jax.tree.leaves(squares))
-    return stiffness, rounding, jnp.sqrt(mean)
+    spacing = _spacing(posterior) * jnp.sqrt(posterior.localization)
+    return stiffness, rounding, jnp.sqrt(mean), spacing
+
+
+def _spacing(posterior: Posterior) -> Array:
+    """Half the distance between neighbors of the moved parameters, root mean square."""
+    narrow = [
+        (jnp.finfo(leaf.dtype).eps / 2 * leaf.astype(jnp.float32)) ** 2
+        if jnp.finfo(leaf.dtype).bits < 32
+        else jnp.zeros_like(leaf, jnp.float32)
+        for leaf in jax.tree.leaves(posterior.select(posterior.params))
+    ]
+    total = sum(leaf.size for leaf in narrow)
+    return jnp.sqrt(sum(jnp.sum(leaf) for leaf in narrow) / total)
 
 
 def _like(scale: Any, position: Position) -> Position:

@@ -171,8 +171,9 @@ def part_of_chains(
     summary = summary._replace(mean=summary.mean + xp.tile(offsets, trace.shape[0]))
     diverged = xp.repeat(~alive, problem.num_rows, axis=0)
     health = _health(trace, alive, num_batches, antithetic)
-    stiffness = np.full(trace.shape[0], np.nan) if pilot is None else pilot.stiffness
-    health["stiffness"] = np.repeat(stiffness, problem.num_rows).astype(trace.dtype)
+    for name in ("stiffness", "spacing"):
+        known = np.full(trace.shape[0], np.nan) if pilot is None else getattr(pilot, name)
+        health[name] = np.repeat(known, problem.num_rows).astype(trace.dtype)
     found = estimates.diagnostics | {name: on_device(x) for name, x in health.items()}
     return Part(estimates._replace(diagnostics=found), Summary(*map(on_device, summary)), diverged)
 
@@ -261,7 +262,8 @@ def slope_beside(
     """The covariance of the same draws along a pathwise χ̂, Σ_j χ̂_j Ĉ_j / Σ_j χ̂_j², with its error.
 
     1 where both are right. By groups of draws as `covariance`, from
-    x_g = −[C_g/n_g + (a_g − ā)(b_g − b̄)] of φ and of the one number Σ_j χ̂_j D_j; pairs of twins count once.
+    x_g = −[C_g/n_g + (a_g − ā)(b_g − b̄)] of φ and of the one number Σ_j χ̂_j D_j; pairs of twins
+    count once.
     """
 
     def along(values: dict[str, Array], lead: int) -> Array:

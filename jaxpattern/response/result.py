@@ -153,6 +153,7 @@ def doubts(response: Response) -> list[list[str]]:
                 "with covariance(), and with a larger batch_size"
             )
         here += verdict.stiff(float(of["stiffness"][k]))
+        here += verdict.coarse(float(of["spacing"][k]))
         if of["residual"][k] > verdict.REMAINDER:
             here.append("nβ H + γ is not positive definite, or the solves did not converge")
         found.append(here)
@@ -161,7 +162,7 @@ def doubts(response: Response) -> list[list[str]]:
 
 _LOOKED_AT = (
     "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups", "stiffness",
-    "residual",
+    "spacing", "residual",
 )  # fmt: skip
 
 
