@@ -85,13 +85,6 @@ def test_chunks_do_not_change_a_bit(driver, wanted, tmp_path, monkeypatch):
     """Chunks of random sizes, and a process that dies now and then."""
     rng = random.Random(5)
 
-    def chunks(stage, start, stop, size):
-        while start < stop:
-            end = min(start + rng.randint(1, 3), stop)
-            yield start, end
-            start = end
-
-    monkeypatch.setattr(Stage, "chunks", chunks)
     monkeypatch.setattr(
         host._Pace, "reach", lambda pace, position, total, steps: position + rng.randint(1, 3)
     )
