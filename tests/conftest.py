@@ -20,6 +20,8 @@ def _settings() -> None:
     folder = pathlib.Path(home, "jaxpattern-tests", name)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # A program that is read back complains, in error messages, of features that LLVM made up.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     flags = os.environ.get("XLA_FLAGS", "")
     for flag in ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"):

@@ -48,9 +48,7 @@ def lower_chains(
             each of its devices.
     """
     plan = run.plan
-    key, posterior, shared = describe(
-        (run.key, run.posterior, (run.sampler, recorder, look)), mesh
-    )
+    key, posterior, shared = describe((run.key, run.posterior, (run.sampler, recorder, look)), mesh)
     lanes = describe(make_lanes(group or ComponentGroup(), plan, antithetic, mesh), mesh, "chain")
     shape = Shape(plan.batch_size, plan.chains_at_once, None if look is None else look.slots)
     first = start.lower(key, posterior, shared, lanes, (), shape, mesh)
