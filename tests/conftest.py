@@ -16,7 +16,8 @@ def _settings() -> None:
     that are set already stay.
     """
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    name = f"jax-{importlib.metadata.version('jax')}-python-{sys.version_info[0]}.{sys.version_info[1]}"
+    python = ".".join(map(str, sys.version_info[:2]))
+    name = f"jax-{importlib.metadata.version('jax')}-python-{python}"
     folder = pathlib.Path(home, "jaxpattern-tests", name)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

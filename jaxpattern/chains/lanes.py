@@ -56,7 +56,7 @@ class Lane(NamedTuple):
 
 
 def make_lanes(group: ComponentGroup, plan: Plan, antithetic: bool, mesh: Mesh | None) -> Lane:
-    """All chains of a group in a row, as many as the mesh needs. NumPy makes them: nothing compiles."""
+    """All chains of a group in a row, as many as a mesh needs. NumPy makes them: no program."""
     chains = np.arange(plan.num_chains, dtype=np.uint32)
     number = len(group.ids)
     lanes = Lane(
