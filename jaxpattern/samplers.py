@@ -73,7 +73,7 @@ class Sampler:
 
         None where it is not known: another sampler, γ = 0, or settings that are being traced.
         """
-        known = all(map(is_concrete, (posterior.localization, *self.settings.values())))
+        known = all(map(is_concrete, jax.tree.leaves((posterior.localization, self.settings))))
         if self.relaxation_steps is None or not known or float(posterior.localization) == 0:
             return None
         return self.relaxation_steps(posterior, self.settings)
@@ -122,9 +122,10 @@ def make_sampler(
 
 
 def _show(value: Any) -> str:
-    if not is_concrete(value):
+    if not all(map(is_concrete, jax.tree.leaves(value))):
         return "traced"
-    return f"{float(value):g}" if np.ndim(value) == 0 and not isinstance(value, str) else str(value)
+    single = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "biuf"
+    return f"{float(value):g}" if single else str(value)
 
 
 def import_blackjax() -> Any:

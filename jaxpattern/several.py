@@ -107,8 +107,8 @@ def measure(
     asked = named("measurements", measurements)
     if not asked:
         raise ValueError("measurements is empty; give at least one")
-    if start is not None and not isinstance(start, States):
-        raise TypeError(f"start must be the chains of measure(), got {type(start).__name__}")
+    if start is not None:
+        _check_start(start, run)
     problems, estimators = {}, {}
     for name, what in asked.items():
         if isinstance(what, Chi):
@@ -132,6 +132,30 @@ def measure(
         together, chains = _together(run, shared, problems, estimators, start, host)
     results = own | together
     return Measured({name: results[name] for name in asked}, chains)
+
+
+def _check_start(start: Any, run: Run) -> None:
+    """Chains of as many, of the same sampler on parameters of the same shapes.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not isinstance(start, States):
+        raise TypeError(f"start must be the chains of measure(), got {type(start).__name__}")
+    if len(start.alive) != run.plan.num_chains:
+        raise ValueError(
+            f"start has {len(start.alive)} chains, plan.num_chains is {run.plan.num_chains}"
+        )
+
+    def begin(posterior: Posterior) -> Any:
+        return run.sampler(posterior).init(posterior.centre, run.key)
+
+    got = jax.tree.map(lambda x: (x.shape[1:], x.dtype), start.state)
+    wanted = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(begin, run.posterior))
+    if got != wanted:
+        raise ValueError(
+            f"start holds states of another sampler or posterior: wanted {wanted}, got {got}"
+        )
 
 
 def _recorder(

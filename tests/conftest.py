@@ -1,12 +1,42 @@
 """Settings of every test: annotations checked, eight CPU devices, careless JAX refused."""
 
 import functools
+import importlib.metadata
 import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
 
-import jax
-import matplotlib
-import pytest
-from jaxtyping import install_import_hook
+
+def _settings() -> None:
+    """Three quarters of the tests' time is compilation: it is kept, and done with less effort.
+
+    Through the environment, so that programs which the tests start share it; a folder or flags
+    that are set already stay.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    python = ".".join(map(str, sys.version_info[:2]))
+    name = f"jax-{importlib.metadata.version('jax')}-python-{python}"
+    folder = pathlib.Path(home, "jaxpattern-tests", name)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # A program that is read back complains, in error messages, of features that LLVM made up.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    flags = os.environ.get("XLA_FLAGS", "")
+    for flag in ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"):
+        if flag.split("=")[0] not in flags:
+            flags = f"{flags} {flag}".strip()
+    os.environ["XLA_FLAGS"] = flags
+
+
+_settings()  # before jax is imported, which reads it then
+
+import jax  # noqa: E402
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Before the first array: the number of devices is fixed once a backend is up.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -31,3 +61,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in ("gpu", "torch", "libtpu"):
         if item.get_closest_marker(marker) and (reason := missing(marker)):
             pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file() -> Iterator[None]:
+    """What a file compiled goes with it: a worker would grow by gigabytes."""
+    yield
+    jax.clear_caches()

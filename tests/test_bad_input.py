@@ -517,10 +517,15 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "observables empty": (chi(observables={}), ValueError, "observables is empty"),
     "observables none": (chi(observables=None), ValueError, "observables must be given"),
     "observables list": (chi(observables=[first]), TypeError, "observables must map names"),
-    "observable vector": (
-        chi(observables={"f": lambda p: p["a"]}),
+    "observable matrix": (
+        chi(observables={"f": lambda p: p["b"]}),
         ValueError,
-        r"observables\['f'\] must return a scalar, got \(3,\)",
+        r"observables\['f'\] must return a scalar, or one row each \[K\], got \(2, 3\)",
+    ),
+    "observable empty": (
+        chi(observables={"f": lambda p: p["a"][:0]}),
+        ValueError,
+        r"observables\['f'\] must return a scalar, or one row each \[K\], got \(0,\)",
     ),
     "observable int": (
         chi(observables={"f": lambda p: 3}),
@@ -607,7 +612,7 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "form": (
         lambda good: jp.covariance(form="full"),
         ValueError,
-        "form must be 'centred' or 'hybrid', got 'full'",
+        "form must be 'centered' or 'hybrid', got 'full'",
     ),
     "estimator string": (chi(estimator="covariance"), TypeError, "estimator must be .*got str"),
     "estimator not made": (

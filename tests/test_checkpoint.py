@@ -85,13 +85,6 @@ def test_chunks_do_not_change_a_bit(driver, wanted, tmp_path, monkeypatch):
     """Chunks of random sizes, and a process that dies now and then."""
     rng = random.Random(5)
 
-    def chunks(stage, start, stop, size):
-        while start < stop:
-            end = min(start + rng.randint(1, 3), stop)
-            yield start, end
-            start = end
-
-    monkeypatch.setattr(Stage, "chunks", chunks)
     monkeypatch.setattr(
         host._Pace, "reach", lambda pace, position, total, steps: position + rng.randint(1, 3)
     )
@@ -595,8 +588,8 @@ def moved(tree, amount=1e-6):
     ({"nbeta": 7.0}, "posterior.nbeta"),
     ({"localization": 7.0}, "posterior.localization"),
     ({"loss_fn": other_loss}, "posterior.loss_fn"),
-    ({"sampler": jp.sgld(step_size=0.02)}, "sampler.step_size"),
-    ({"sampler": jp.rmsprop_sgld(step_size=0.01)}, "sampler"),
+    ({"sampler": jp.sgld(step_size=0.02)}, "sampler.algorithm.step_size"),
+    ({"sampler": jp.rmsprop_sgld(step_size=0.01)}, "sampler.algorithm"),
     ({"plan": replace(program.PLAN, thin=3)}, "plan.thin"),
     ({"plan": replace(program.PLAN, num_draws=8)}, "plan.num_draws"),
     ({"estimator": jp.covariance(form="hybrid")}, "estimator.form"),

@@ -240,7 +240,7 @@ COMPONENTS = {
 FREE = {"a0": [0], "b": [2, 3], "a1": [1], "mask": [0, 3]}
 
 
-@pytest.mark.parametrize("form", ["centred", "hybrid"])
+@pytest.mark.parametrize("form", ["centered", "hybrid"])
 def test_components_have_their_own_susceptibilities(form):
     posterior = quadratic_posterior()
     response = susceptibilities(
@@ -519,7 +519,7 @@ def test_susceptibility_to_the_mixture_of_features():
 # --- errors ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["centred", "hybrid"])
+@pytest.mark.parametrize("form", ["centered", "hybrid"])
 def test_intervals_cover(form):
     """χ ± 1.96 standard errors holds the exact χ in 90 to 98 % of 300 independent runs.
 
@@ -547,7 +547,7 @@ def test_intervals_cover(form):
 
     keys = jax.random.split(jax.random.key(10), 300)
     chi, stderr = map(concatenate, jax.jit(jax.vmap(run))(keys))
-    if form == "centred":
+    if form == "centered":
         expected = chain_chi(exact())
     else:
         law, relative = exact(free=np.array([2, 3])), gaussian.relative_losses(LOSSES)

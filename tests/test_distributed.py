@@ -16,8 +16,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import doomed, interrupted, near, often
 
 import jaxpattern as jp
-from jaxpattern import sampling
-from jaxpattern.runtime.mesh import pad_lanes, param_specs, put
+from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.lower import lower_chains
+from jaxpattern.runtime.mesh import param_specs, resolve_mesh
+from jaxpattern.sampling import observed
 
 COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
 
@@ -109,10 +111,10 @@ def test_training_seeds_on_any_number_of_devices():
 def test_the_current_mesh_is_used():
     with jax.set_mesh(on(2)):
         assert bits(program.sample()) == bits(program.sample(mesh=on(2)))
-        assert sampling.resolve_mesh(None) == on(2)
+        assert resolve_mesh(None) == on(2)
     other = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     with jax.set_mesh(other):
-        assert sampling.resolve_mesh(None) is None
+        assert resolve_mesh(None) is None
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -174,10 +176,12 @@ def wide_posterior():
     return jp.localized_posterior(wide_loss, params, data, nbeta=2.0, localization=10.0)
 
 
-def compiled(mesh, posterior, plan, sampler=program.SAMPLER, restrictions=None, ids=(0,)):
-    """The program of the draws, as `run_chains` compiles it."""
+def compiled(mesh, posterior, plan, sampler=program.SAMPLER, group=None):
+    """The program of the steps and draws, as `run_chains` compiles it."""
+    run = jp.Run(jax.random.key(1), posterior, sampler, plan)
+    recorder = observed(lambda params: jnp.sum(params["in"]), posterior)
     with jaxtyping_off():
-        return _compiled(mesh, posterior, plan, sampler, restrictions, ids)
+        return lower_chains(run, recorder, mesh, group).advance.compile()
 
 
 @contextlib.contextmanager
@@ -188,26 +192,6 @@ def jaxtyping_off():
         yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def _compiled(mesh, posterior, plan, sampler, restrictions, ids):
-    recorder = sampling._Trace(sampling.as_pytree_function(lambda p: jnp.sum(p["in"])))
-    posterior, sampler, recorder = put((posterior, sampler, recorder), mesh)
-    lanes = sampling.make_lanes(jax.random.key(1), restrictions, ids, plan, False)
-    lanes = put(pad_lanes(lanes, mesh), mesh, "chain")
-    start = sampling._start_all.lower(posterior, sampler, recorder, lanes, plan, mesh).compile()
-    shapes = jax.eval_shape(
-        partial(sampling._start_all, plan=plan, mesh=mesh), posterior, sampler, recorder, lanes
-    )
-    chains = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes, start.output_shardings,
-    )  # fmt: skip
-    bounds = put((jnp.asarray(0), jnp.asarray(2)), mesh)
-    lowered = sampling._draw_all.lower(
-        posterior, sampler, recorder, chains, lanes, bounds, plan, mesh
-    )
-    return lowered.compile()
 
 
 PLAN = jp.Plan(num_chains=8, num_burnin=0, num_draws=2, thin=2, batch_size=4)
@@ -223,7 +207,8 @@ def test_components_exchange_nothing():
     parts = [jp.by_slice({"in": (0, i)}) for i in range(4)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     plan = replace(PLAN, num_chains=2, num_batches=1)
-    program_ = compiled(on(8), posterior, plan, restrictions=stacked, ids=(0, 1, 2, 3))
+    group = ComponentGroup(names=tuple("abcd"), ids=(0, 1, 2, 3), restrictions=stacked)
+    program_ = compiled(on(8), posterior, plan, group=group)
     assert collectives(program_.as_text(), within_loops=False) == []
 
 
@@ -243,8 +228,8 @@ def free_loss(params, batch):
 
 @pytest.mark.parametrize(
     "sampler",
-    [jp.sgld(step_size=1e-3), jp.rmsprop_sgld(step_size=1e-3), jp.sgnht(step_size=1e-3)],
-    ids=["sgld", "rmsprop_sgld", "sgnht"],
+    [jp.sgld(step_size=1e-3, noise="leaf"), jp.rmsprop_sgld(step_size=1e-3, noise="leaf")],
+    ids=["sgld", "rmsprop_sgld"],
 )
 def test_noise_is_drawn_where_parameters_lie(sampler):
     mesh = on(8, chain=2, model=4)
@@ -253,7 +238,7 @@ def test_noise_is_drawn_where_parameters_lie(sampler):
     text = compiled(mesh, posterior, replace(PLAN, num_chains=2), sampler).as_text()
     found = collectives(text, within_loops=True)
     scalars = [line for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
-    assert set(found) <= {"all-reduce"}  # whether all is finite; the thermostat's momentum
+    assert set(found) <= {"all-reduce"}  # whether all is finite
     assert all(re.search(r"= \(?\w+\[(1)?\]", line) for line in scalars), scalars
 
 
@@ -365,7 +350,7 @@ def test_meshes_of_another_kind():
     with pytest.raises(ValueError, match="mesh must have an axis of"):
         program.sample(mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)))
     with pytest.raises(TypeError, match="mesh must be"):
-        sampling.resolve_mesh("chain")
+        resolve_mesh("chain")
 
 
 def test_arrays_on_a_mesh_of_jax_are_taken():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Integer, Key, PyTree
 from jaxpattern.chains.plan import Plan
 from jaxpattern.posterior import Posterior
 from jaxpattern.restriction import Restriction
-from jaxpattern.runtime.mesh import over_lanes, pad_lanes, put
+from jaxpattern.runtime.mesh import over_lanes, pad_lanes
 from jaxpattern.validation import is_concrete
 
 
@@ -56,7 +56,7 @@ class Lane(NamedTuple):
 
 
 def make_lanes(group: ComponentGroup, plan: Plan, antithetic: bool, mesh: Mesh | None) -> Lane:
-    """All chains of a group in a row, on the mesh. NumPy makes them: nothing is compiled."""
+    """All chains of a group in a row, as many as a mesh needs. NumPy makes them: no program."""
     chains = np.arange(plan.num_chains, dtype=np.uint32)
     number = len(group.ids)
     lanes = Lane(
@@ -67,7 +67,7 @@ def make_lanes(group: ComponentGroup, plan: Plan, antithetic: bool, mesh: Mesh |
         else None,
         restriction=jax.tree.map(partial(_repeat, times=plan.num_chains), group.restrictions),
     )
-    return put(pad_lanes(lanes, mesh, plan.chains_at_once), mesh, "chain")
+    return pad_lanes(lanes, mesh, plan.chains_at_once)
 
 
 def _repeat(leaf: Any, times: int) -> Any:

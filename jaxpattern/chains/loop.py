@@ -126,7 +126,7 @@ def run_chains(
     key, posterior, shared = put(
         (run.key, _settle(run.posterior), (run.sampler, recorder, look)), mesh
     )
-    lanes = make_lanes(group, plan, antithetic, mesh)
+    lanes = put(make_lanes(group, plan, antithetic, mesh), mesh, "chain")
     positions = _Positions(plan, tuple(segments), *((0, 0) if initial is None else initial[2:]))
     given = () if initial is None else put(pad_lanes(tuple(initial[:2]), mesh), mesh, "chain")
     shape = Shape(plan.batch_size, plan.chains_at_once, None if look is None else look.slots)

@@ -32,11 +32,17 @@ def given_step(
     given = _GivenGradient(posterior, position_of(state), [])
     try:
         new = sampler(given).step(key, state, gradient)
+    except _Elsewhere as error:
+        raise TypeError(_refusal(sampler, "it asks for one elsewhere")) from error
     except AttributeError as error:
         raise TypeError(_refusal(sampler, f"it asks for more than gradients ({error})")) from error
     if len(given.asked) != 1:
         raise TypeError(_refusal(sampler, f"its step takes {len(given.asked)} of them"))
     return new
+
+
+class _Elsewhere(Exception):
+    """A gradient was asked for away from the position of the state."""
 
 
 def _refusal(sampler: Sampler, why: str) -> str:
@@ -78,7 +84,7 @@ class _GivenGradient:
         here = jax.tree.leaves(self.position)
         there = jax.tree.leaves(position)
         if len(here) != len(there) or any(a is not b for a, b in zip(here, there, strict=True)):
-            raise TypeError("pathwise: the sampler asks for a gradient away from its state")
+            raise _Elsewhere
         self.asked.append(None)
         return minibatch
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jaxpattern.runtime.checkpoint import Checkpoint, Store, open_store
 from jaxpattern.runtime.mesh import is_first_process, resolve_mesh
@@ -145,6 +144,8 @@ class _Line:
     def __init__(self, label: str, unit: str, total: int, done: int, show: bool) -> None:
         self.shown = show and is_first_process()
         self._label, self._compiled = label, False
+        from tqdm import tqdm  # not with the core, which imports this module
+
         self._bar = tqdm(
             desc=f"{label}: compiling", unit=unit, total=total, initial=done, leave=False,
             disable=not self.shown, smoothing=0,

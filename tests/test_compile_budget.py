@@ -1,0 +1,126 @@
+"""How many programs a first result compiles, and what compiles none again.
+
+Counted by the compiler's own events, in a fresh process without a persistent cache.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import json
+import jax
+import jax.numpy as jnp
+import numpy as np
+import blackjax  # which computes two constants when it is imported
+import jaxpattern as jp
+
+compiled = []
+
+
+def note(event, seconds, **about):
+    if event == "/jax/core/compile/backend_compile_duration":
+        compiled.append(about["fun_name"].removeprefix("jit(").removesuffix(")"))
+
+
+jax.monitoring.register_event_duration_secs_listener(note)
+rows = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+params = {"a": jnp.asarray(rows[0]), "b": jnp.zeros(2)}
+
+
+def loss(params, x):
+    return 0.5 * (jnp.tanh(x @ params["a"]) + params["b"].sum() - x[:, 0]) ** 2
+
+
+posterior = jp.localized_posterior(loss, params, jnp.asarray(rows), nbeta=6.0, localization=10.0)
+sampler = jp.sgld(step_size=0.02)
+PLAN = dict(num_chains=2, num_burnin=3, num_draws=6, thin=2, batch_size=4, num_batches=2)
+probes = {"p": jnp.asarray(rows[:5])}
+observables = {"a": jp.mean_loss(loss, jnp.asarray(rows[:4]))}
+estimators = {"pathwise": jp.pathwise(window=4), "covariance": jp.covariance()}
+key = jax.random.key(1)
+found = {}
+
+
+def compiles(name, function, *arguments, **changes):
+    compiled.clear()
+    jax.block_until_ready(jax.tree.leaves(function(*arguments, jp.Plan(**(PLAN | changes)))))
+    found[name] = list(compiled)
+
+
+def chi(estimator, plan):
+    return jp.susceptibilities(
+        jax.random.clone(key), posterior, sampler, plan, probes=probes, observables=observables,
+        estimator=estimators[estimator], progress=False,
+    )
+
+
+def sample(plan):
+    observe = lambda params: params["a"]
+    return jp.sample(jax.random.clone(key), posterior, sampler, plan, observe, progress=False)
+
+
+def llc(plan):
+    return jp.llc(jax.random.clone(key), posterior, sampler, plan, progress=False)
+
+
+CHANGES = dict(num_burnin=4, num_batches=3, thin=3, num_draws=7)
+for estimator in estimators:
+    compiles(f"{estimator}: first", chi, estimator)
+    compiles(f"{estimator}: again", chi, estimator)
+    for name, value in CHANGES.items():
+        compiles(f"{estimator}: {name}", chi, estimator, **{name: value})
+compiles("sample", sample)
+compiles("llc", llc)
+compiles("llc: num_burnin", llc, num_burnin=0)
+print(json.dumps(found))
+"""
+
+ESTIMATORS = ["pathwise", "covariance"]
+WITH_THE_MODEL = {"start", "advance", "look_back", "_at_start"}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[str]]:
+    """Call → names of the functions that it compiled."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False,
+        env=environment | {"JAX_PLATFORMS": "cpu"}, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_first_response_compiles_at_most_eight(compiled, estimator):
+    found = compiled[f"{estimator}: first"]
+    assert len(found) <= 8, found
+    assert found.count("advance") == 1
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_same_call_compiles_nothing(compiled, estimator):
+    assert compiled[f"{estimator}: again"] == []
+
+
+@pytest.mark.parametrize("change", ["num_burnin", "num_batches", "thin", "num_draws"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_other_lengths_compile_no_model_again(compiled, estimator, change):
+    assert WITH_THE_MODEL.isdisjoint(compiled[f"{estimator}: {change}"])
+
+
+def test_another_burn_in_compiles_nothing(compiled):
+    assert compiled["covariance: num_burnin"] == []
+    assert compiled["llc: num_burnin"] == []
+
+
+def test_the_step_of_the_sampler_is_in_one_program(compiled):
+    """Burn-in and draws share it; another recorder is another program, and one."""
+    for driver in ("sample", "llc"):
+        found = [name for name in compiled[driver] if name in WITH_THE_MODEL]
+        assert sorted(found) == ["advance", "start"], compiled[driver]
