@@ -1,5 +1,6 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
+from jaxpattern import lm as lm
 from jaxpattern._version import __version__ as __version__
 from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (

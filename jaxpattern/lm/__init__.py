@@ -1,1 +1,5 @@
-"""Reading language models: components, scores and tokens."""
+"""Reading language models: checkpoints, components, scores and tokens."""
+
+from jaxpattern.lm.model import Model, load, save
+
+__all__ = ["Model", "load", "save"]
