@@ -53,7 +53,7 @@ FAMILIES = {
     "gemma3": ("Gemma3Text", _SIZES | {
         "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 13,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "final_logit_softcapping": 20.0, "attn_logit_softcapping": 30.0,
+        "final_logit_softcapping": 20.0,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},

@@ -293,7 +293,7 @@ FAMILIES: dict[str, Family] = {
         norm_offset=1.0,
         windows="by_layer",
         embed_scale=True,
-        fixed={"use_bidirectional_attention": False},
+        fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     ),
 }
 """`model_type` of a `config.json` → its family. SmolLM is a Llama."""

@@ -166,8 +166,6 @@ def _attention(
     q_BxTxGxRxK = q_BxTxHxK.reshape(B, T, G, R, K)
     logit_BxGxRxTxS = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxGxRxK, k_BxTxGxK)
     logit_BxGxRxTxS = logit_BxGxRxTxS.astype(jnp.float32) * scale
-    if spec.attention_cap:
-        logit_BxGxRxTxS = spec.attention_cap * jnp.tanh(logit_BxGxRxTxS / spec.attention_cap)
     back_TxS = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
     seen_TxS = (back_TxS >= 0) & (back_TxS < window)
     logit_BxGxRxTxS = jnp.where(seen_TxS[None, None, None], logit_BxGxRxTxS, _MASKED)

@@ -56,8 +56,7 @@ class Spec:
         rope_of_layer: which of them each layer uses; empty where positions are learned.
         windows: positions that each layer sees, itself included; the context where all are.
         scales: factor of q·k in each layer.
-        attention_cap: c in c tanh(x / c) of the attention logits, 0 for none.
-        logit_cap: the same of the logits.
+        logit_cap: c in c tanh(z / c) of the logits, 0 for none.
     """
 
     family: str
@@ -81,7 +80,6 @@ class Spec:
     rope_of_layer: tuple[int, ...]
     windows: tuple[int, ...]
     scales: tuple[float, ...]
-    attention_cap: float
     logit_cap: float
 
     @property
@@ -194,7 +192,6 @@ def read_spec(config: Mapping[str, Any]) -> Spec:
             int(window) if kind == _LOCAL and window else context for kind in layer_types
         ),
         scales=tuple(scale / (i + 1 if by_layer else 1) for i in range(num_layers)),
-        attention_cap=float(raw("attn_logit_softcapping") or 0.0),
         logit_cap=float(raw("final_logit_softcapping") or 0.0),
     )
 
