@@ -16,7 +16,7 @@ from jaxpattern.inversion import (
     truncated,
 )
 from jaxpattern.llc import LocalLearningCoefficient, llc
-from jaxpattern.lm.components import components
+from jaxpattern.lm.components import component, components
 from jaxpattern.lm.scores import (
     in_context_score,
     induction_loss,
@@ -96,6 +96,7 @@ __all__ = [
     "by_path",
     "by_slice",
     "complement",
+    "component",
     "components",
     "coordinates",
     "covariance",
@@ -111,6 +112,7 @@ __all__ = [
     "laplace",
     "least_norm",
     "llc",
+    "lm",
     "load",
     "localized_posterior",
     "mala",

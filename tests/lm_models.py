@@ -115,3 +115,54 @@ def edit_config(folder, **changes):
 
 def copy_of(folder, to):
     return shutil.copytree(folder, to)
+
+
+CONFIGS = {
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 24, "n_layer": 3, "n_head": 4,
+        "n_positions": CONTEXT,
+    },
+    "pythia": _NO_GROUPS | {"model_type": "gpt_neox"},
+    "llama": _SIZES | {"model_type": "llama"},
+    "gemma3": _SIZES | {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4},
+    "qwen2": _SIZES | {"model_type": "qwen2"},
+}  # fmt: skip
+"""Name → a `config.json` written by hand."""
+
+
+def random_folder(name, path, seed=0, **changes):
+    """A folder with random parameters, made without torch."""
+    from safetensors.numpy import save_file
+
+    from jaxpattern.lm import checkpoint_files
+    from jaxpattern.lm.spec import family_of, read_spec
+
+    config = CONFIGS[name] | changes
+    family, spec = family_of(config), read_spec(config)
+    rng, sizes = np.random.default_rng(seed), spec.axis_sizes()
+
+    def tensor(rule, to):
+        shape = checkpoint_files._shape(rule, sizes, len(to))
+        return np.float32(rng.normal(size=shape) * (0.3 if len(shape) == 1 else shape[-1] ** -0.5))
+
+    outer = checkpoint_files._outer(family, config, spec)
+    tensors = {family.prefix + n.split("|")[0]: tensor(*t[:2]) for n, t in outer.items()}
+    for i in range(spec.num_layers):
+        for n, t in checkpoint_files._inner(family, config).items():
+            tensors[family.prefix + family.layer.format(i=i) + n] = tensor(*t[:2])
+    path.mkdir(exist_ok=True)
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@functools.cache
+def random_model(name, **changes):
+    """A loaded model with random parameters."""
+    import tempfile
+    from pathlib import Path
+
+    import jaxpattern as jp
+
+    with tempfile.TemporaryDirectory() as folder:
+        return jp.lm.load(random_folder(name, Path(folder) / "model", **changes))

@@ -36,7 +36,9 @@ _ACTIVATIONS = {
 }
 
 
-def embed(spec: Spec, params: Params, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T D"]:
+def embed(
+    spec: Spec, params: Params, tokens: Int[Array | np.ndarray, "B T"]
+) -> Float[Array, "B T D"]:
     """The residual stream before the first layer; tokens outside the vocabulary are 0."""
     outer = params["embed"]
     # Negative indices would count from the end.

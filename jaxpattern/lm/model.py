@@ -27,7 +27,9 @@ class Logits:
     spec: Spec
     remat: bool = False
 
-    def __call__(self, params: Params, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(
+        self, params: Params, tokens: Int[Array | np.ndarray, "B T"]
+    ) -> Float[Array, "B T V"]:
         """Next-token logits, float32.
 
         Args:
@@ -52,7 +54,9 @@ class NextTokenLoss:
     spec: Spec
     remat: bool = False
 
-    def __call__(self, params: Params, tokens: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T-1"]:
+    def __call__(
+        self, params: Params, tokens: Int[Array | np.ndarray, "B T"]
+    ) -> Float[Array, "B T-1"]:
         """The loss of each next token.
 
         Args:
@@ -211,8 +215,7 @@ def save(model: Model, folder: str | os.PathLike[str], params: Params | None = N
 
 def _check_dtype(dtype: Any) -> np.dtype:
     kind = np.dtype(dtype)
-    if kind not in (np.dtype(name) for name in (jnp.float32, jnp.bfloat16, jnp.float16)) and not (
-        kind == np.float64 and jax.config.jax_enable_x64
-    ):
+    wide = [jnp.float64] if jax.config.read("jax_enable_x64") else []
+    if kind not in [np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16, *wide)]:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {kind}")
     return kind

@@ -259,7 +259,7 @@ def _rope(settings: Mapping[str, Any], d_head: int, context: int) -> Rope:
             f"config.json: rope_type {kind!r} is not supported; there are 'default', 'linear' and "
             "'llama3'"
         )
-    return Rope(tuple(float(f) for f in np.float32(frequencies)))
+    return Rope(tuple(frequencies.astype(np.float32).tolist()))
 
 
 def _llama3(frequencies: np.ndarray, settings: Mapping[str, Any], context: int) -> np.ndarray:
