@@ -114,31 +114,31 @@ def test_parts_of_a_kind_differ_in_leaves_only(kind):
     assert shapes == [shapes[0]] * len(parts)
 
 
-NAMES = ["l0h0", "l1h3", "l2g1", "l1 attn", "l2 mlp", "l1", "embed", "full", "layers/ln1/w",
-         ["l0h1", "l2h3", "l1 mlp"], ["l1", "l1h0"]]  # fmt: skip
+CASES = {
+    "qwen2": ["l1h3", "l2g1", "l2 mlp", "l1", "embed", ["l0h1", "l2h3", "l1 mlp"], ["l1", "l1h0"]],
+    "gemma3": ["l1h3", "l1 attn"],
+    "pythia": ["l1h3"],
+}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "pythia"])
+@pytest.mark.parametrize("family", CASES)
 def test_losses_and_gradients_are_those_of_the_written_parameters(family):
     """The forward pass that puts a part in layer by layer, against the plain parameters."""
     model, tokens = lm_models.random_model(family), lm_models.tokens_of(2)
-    for name in NAMES:
-        if family == "pythia" and name == "l2g1":
-            continue
+
+    def loss(params):
+        return jnp.mean(model.loss_fn(params, tokens))
+
+    plain = jax.jit(jax.value_and_grad(loss))
+    for name in CASES[family]:
         part = jp.component(model, name)
         position = jax.tree.map(lambda x: 1.3 * x + 0.05, part.select(model.params))
-        dense = part.embed(position, model.params)
-
-        def loss(params):
-            return jnp.mean(model.loss_fn(params, tokens))
-
-        value, found = jax.jit(
-            jax.value_and_grad(lambda x, p=part: loss(p.embed(x, model.params)))
-        )(position)
-        expected, gradient = jax.jit(jax.value_and_grad(loss))(dense)
+        found = jax.jit(jax.value_and_grad(lambda x, p=part: loss(p.embed(x, model.params))))
+        value, gradient = found(position)
+        expected, whole = plain(part.embed(position, model.params))
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, part.select(gradient)
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradient, part.select(whole)
         )
 
 
@@ -270,8 +270,7 @@ def test_the_readout_of_a_tied_model_is_refused():
         jp.component(lm_models.random_model("gpt2"), "unembed")
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("family", ["gemma3", "llama", "gpt2"])
+@pytest.mark.parametrize(("family", "layer"), [("gemma3", 1), ("llama", 0), ("gpt2", 2)])
 def test_a_tail_is_the_model_on_cached_residuals(family, layer):
     model, tokens = lm_models.random_model(family), lm_models.tokens_of(3)
     tail = jp.lm.split(model, layer=layer)

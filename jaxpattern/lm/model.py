@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxpattern.lm import checkpoint_files
 from jaxpattern.lm.forward import embed, read_out, run_layers
 from jaxpattern.lm.spec import Spec, read_spec
 from jaxpattern.types import Params
-from jaxpattern.validation import holds
+from jaxpattern.validation import holds, is_concrete
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Logits:
             ValueError: tokens are not `[B, T]`, longer than the model's positions, or (where they
                 can be looked at) outside the vocabulary.
         """
-        tokens = check_tokens(self.spec, tokens)
+        return run(self, params, check_tokens(self.spec, tokens))
+
+    def compute(self, params: Params, tokens: Array) -> Array:
+        """Logits of tokens that are checked."""
         x_BxTxD = embed(self.spec, params, tokens)
         x_BxTxD = run_layers(self.spec, params["layers"], x_BxTxD, remat=self.remat)
         return read_out(self.spec, params, x_BxTxD)
@@ -71,10 +75,28 @@ class NextTokenLoss:
         Raises:
             TypeError, ValueError: as `logits`.
         """
-        tokens = check_tokens(self.spec, tokens, least=2)
-        x_BxTxD = embed(self.spec, params, tokens[:, :-1])
-        x_BxTxD = run_layers(self.spec, params["layers"], x_BxTxD, remat=self.remat)
-        return token_losses(self.spec, read_out(self.spec, params, x_BxTxD), tokens)
+        return run(self, params, check_tokens(self.spec, tokens, least=2))
+
+    def compute(self, params: Params, tokens: Array) -> Array:
+        """Losses of tokens that are checked."""
+        z_BxTxV = Logits(self.spec, self.remat).compute(params, tokens[:, :-1])
+        return token_losses(self.spec, z_BxTxV, tokens)
+
+
+def run(function: Any, params: Params, data: Any) -> Array:
+    """`function.compute` as it is within a trace, and as one program outside of any.
+
+    A scan outside of `jit` is compiled anew at every call; within a trace a `jit` of its own would
+    hide from the layers what a restriction has written (`patches`).
+    """
+    if all(map(is_concrete, jax.tree.leaves((params, data)))):
+        return _compiled(function, params, data)
+    return function.compute(params, data)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled(function: Any, params: Params, data: Any) -> Array:
+    return function.compute(params, data)
 
 
 def token_losses(

@@ -79,10 +79,8 @@ def parse(
             continue
         numbers = tuple(map(int, match.groups()))
         if numbers and numbers[0] not in layers:
-            raise ValueError(
-                f"there is no layer {numbers[0]} for {name!r}; layers are {layers[0]} to "
-                f"{layers[-1]}"
-            )
+            there = f"layers are {layers[0]} to {layers[-1]}" if layers else "there are none"
+            raise ValueError(f"there is no layer {numbers[0]} for {name!r}; {there}")
         if len(numbers) == 2 and numbers[1] >= counts.get(kind, 0):
             raise ValueError(
                 f"there is no {kind} {numbers[1]} for {name!r}; a layer has {counts.get(kind, 0)}"

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpattern.lm.forward import embed, read_out, run_layers
-from jaxpattern.lm.model import Model, check_tokens, token_losses
+from jaxpattern.lm.model import Model, check_tokens, run, token_losses
 from jaxpattern.lm.spec import Spec
 from jaxpattern.types import Params
 from jaxpattern.validation import check_count
@@ -51,6 +51,10 @@ class TailLoss:
         Returns:
             What `model.loss_fn` gives on the same tokens.
         """
+        return run(self, params, data)
+
+    def compute(self, params: Params, data: Residuals) -> Array:
+        """Losses, without a look at the data."""
         x_BxTxD = run_layers(
             self.spec, params["layers"], data.residual, first=self.layer, remat=self.remat
         )
