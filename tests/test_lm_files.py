@@ -104,7 +104,10 @@ BAD_FOLDERS = {
         lambda f: edited(f, q_proj__weight=lambda x: x[:-1]),
         r"q_proj.weight must have shape \[24, 24\], got \[23, 24\]",
     ),
-    "missing tensor": (lambda f: edited(f, q_proj__weight=None), "the files lack model.layers.*q_proj"),
+    "missing tensor": (
+        lambda f: edited(f, q_proj__weight=None),
+        "the files lack model.layers.*q_proj",
+    ),
     "too many layers": (
         configure(num_hidden_layers=2),
         r"hold 9 tensors that a llama of 2 layers does not have, such as \['model.layers.2",
@@ -130,7 +133,7 @@ def test_a_bad_folder_is_refused(spoil, message, tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="must be a directory .*snapshot_download"):
+    with pytest.raises(ValueError, match=r"must be a directory .*snapshot_download"):
         jp.lm.load(tmp_path / "nowhere")
 
 
@@ -201,8 +204,17 @@ def test_only_what_fits_is_saved(tmp_path):
     model = lm_models.random_model("llama")
     with pytest.raises(ValueError, match="structure and shapes"):
         jp.lm.save(model, tmp_path, {**model.params, "embed": {"W_E": jnp.ones(3)}})
-    with pytest.raises(TypeError, match="must come from jaxpattern.lm.load, got dict"):
-        jp.lm.save(model.params, tmp_path)
+    jaxtyping_config.update("jaxtyping_disable", True)
+    try:
+        for act in (lambda: jp.lm.save(model.params, tmp_path), lambda: jp.lm.split(3, layer=1)):
+            with pytest.raises(
+                TypeError, match=r"must come from jaxpattern.lm.load, got (dict|int)"
+            ):
+                act()
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", False)
+    with pytest.raises(ValueError, match="layer must be below 3, got 3"):
+        jp.lm.split(model, layer=3)
 
 
 def test_equal_models_are_one_program(tmp_path):

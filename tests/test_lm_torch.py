@@ -214,3 +214,60 @@ def test_remat_changes_no_gradient(tmp_path):
         for model in (jp.lm.load(folder), jp.lm.load(folder, remat=True))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *gradients)
+
+
+def without_head(model, layer, head):
+    """A copy of the model of transformers in which all parameters of one head are 0."""
+    import copy
+
+    model = copy.deepcopy(model)
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    pair = head * num_kv // config.num_attention_heads
+    own, shared = (slice(i * width, (i + 1) * width) for i in (head, pair))
+    pieces = []
+    if config.model_type == "gpt2":
+        attn, D = model.transformer.h[layer].attn, config.hidden_size
+        for c in range(3):
+            piece = slice(c * D + own.start, c * D + own.stop)
+            pieces += [attn.c_attn.weight[:, piece], attn.c_attn.bias[piece]]
+        pieces.append(attn.c_proj.weight[own])
+    elif config.model_type == "gpt_neox":
+        attn = model.gpt_neox.layers[layer].attention
+        piece = slice(3 * own.start, 3 * own.stop)
+        pieces += [attn.query_key_value.weight[piece], attn.dense.weight[:, own]]
+        if attn.query_key_value.bias is not None:
+            pieces.append(attn.query_key_value.bias[piece])
+    else:
+        attn = model.model.layers[layer].self_attn
+        for linear, piece in ((attn.q_proj, own), (attn.k_proj, shared), (attn.v_proj, shared)):
+            pieces.append(linear.weight[piece])
+            if linear.bias is not None:
+                pieces.append(linear.bias[piece])
+        pieces.append(attn.o_proj.weight[:, own])
+    for piece in pieces:
+        piece.data.zero_()
+    return model
+
+
+def test_without_a_head_logits_are_those_without_it_in_torch(pair):
+    import torch
+
+    theirs, ours = pair
+    tokens = lm_models.tokens_of(2)
+    ids = torch.as_tensor(np.int64(tokens))
+
+    @jax.jit
+    def ablate(part):
+        zeros = jax.tree.map(jnp.zeros_like, part.select(ours.params))
+        return ours.logits(part.embed(zeros, ours.params), tokens)
+
+    whole = ours.logits(ours.params, tokens)
+    for layer in range(ours.spec.num_layers):
+        for head in range(ours.spec.num_heads):
+            with torch.no_grad():
+                expected = without_head(theirs, layer, head)(ids).logits.numpy()
+            found = ablate(jp.component(ours, f"l{layer}h{head}"))
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+            assert np.abs(found - whole).max() > 1e-3
