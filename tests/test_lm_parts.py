@@ -208,6 +208,7 @@ def test_vmapped_gradients_are_those_of_each_chain():
         )
 
 
+@pytest.mark.slow
 def test_a_susceptibility_of_heads_of_all_layers():
     model, tokens = lm_models.random_model("llama"), jnp.asarray(lm_models.tokens_of(6))
     posterior = jp.localized_posterior(
@@ -217,7 +218,7 @@ def test_a_susceptibility_of_heads_of_all_layers():
         jax.random.key(1), posterior, jp.sgld(step_size=1e-4),
         jp.Plan(num_chains=1, num_burnin=0, num_draws=4, thin=1, batch_size=None),
         probes={"p": tokens[:2]}, components=jp.components(model, ["l0h1", "l2h3"]),
-        progress=False,
+        estimator=jp.covariance(), progress=False,
     )  # fmt: skip
     assert response.rows == ("l0h1", "l2h3")
     assert np.isfinite(response.chi["p"]).all()
@@ -304,6 +305,7 @@ def test_a_tail_keeps_the_names_of_layers_and_has_no_embedding():
             jp.component(tail, name)
 
 
+@pytest.mark.slow
 def test_a_tail_is_a_posterior_like_any_other():
     tail = jp.lm.split(lm_models.random_model("llama"), layer=1)
     posterior = jp.localized_posterior(
