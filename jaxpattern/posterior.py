@@ -14,7 +14,7 @@ from jaxpattern import tables
 from jaxpattern.losses import check_finite_losses, check_loss, normalise_weights, widen
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.runtime.mesh import take
-from jaxpattern.types import Batch, Losses, LossFn, Params, Position
+from jaxpattern.types import Batch, Losses, LossFn, Params, Position, import_blackjax
 from jaxpattern.validation import (
     batch_length,
     check_function,
@@ -218,6 +218,7 @@ def localized_posterior(
     num_samples = batch_length("data", data)
     check_number("nbeta", nbeta, minimum=0.0, exclusive=True)
     check_number("localization", localization, minimum=0.0)
+    import_blackjax()  # arrays are here, so a backend is up: the samplers need it soon
     params, data, weights = take((params, data, weights))
     params, data = jax.tree.map(jnp.asarray, (params, data))
     shape, dtype = check_loss(loss_fn, params, data, num_samples)

@@ -13,7 +13,6 @@ state` as the stochastic-gradient kernels of blackjax (bind their step size), or
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -26,6 +25,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxpattern.posterior import Posterior, Target
 from jaxpattern.types import Position, SamplingAlgorithm
+from jaxpattern.types import import_blackjax as import_blackjax
 from jaxpattern.validation import as_pytree_function, check_number, is_concrete
 
 Noise = Literal["flat", "leaf"]
@@ -126,15 +126,6 @@ def _show(value: Any) -> str:
         return "traced"
     single = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "biuf"
     return f"{float(value):g}" if single else str(value)
-
-
-def import_blackjax() -> Any:
-    """blackjax, which computes when it is imported: not before it is used, nor within a trace.
-
-    A backend of JAX that has started cannot be joined to other processes any more.
-    """
-    with jax.ensure_compile_time_eval():
-        return importlib.import_module("blackjax")
 
 
 def sgld(*, step_size: float | Float[Array, ""], noise: Noise = "flat") -> Sampler:

@@ -132,10 +132,11 @@ def doubts(response: Response) -> list[list[str]]:
     known = {name: np.asarray(x, np.float64) for name, x in response.diagnostics.items()}
     nan = np.full(len(response.rows), np.nan)
     of = {name: known.get(name, nan) for name in _LOOKED_AT}
+    rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
     found = []
     for k in range(len(response.rows)):
         here = verdict.unsettled(
-            rhat=float(response.rhat[k]), ess=float(response.ess[k]),
+            rhat=float(rhat[k]), ess=float(ess[k]),
             spread=float(of["spread"][k]), drift=float(of["drift"][k]),
             size=float(of["drift_size"][k]),
         )  # fmt: skip
@@ -233,11 +234,13 @@ def _page(response: Response) -> tables.Page:
     tables.refuse_unreadable(title, response, response.nbeta)
     effect, error = _effects(response)
     header = ["row", "⟨φ⟩", *columns.names, "R-hat", "ESS"]
+    rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
+    phi, phi_error = np.asarray(response.mean), np.asarray(response.mean_stderr)
     body = []
     for k, row in enumerate(response.rows):
-        mean = tables.measured(float(response.mean[k]), float(response.mean_stderr[k]))
+        mean = tables.measured(float(phi[k]), float(phi_error[k]))
         effects = [tables.measured(*pair) for pair in zip(effect[k], error[k], strict=True)]
-        health = [f"{float(response.rhat[k]):.3f}", f"{float(response.ess[k]):.0f}"]
+        health = [f"{rhat[k]:.3f}", f"{ess[k]:.0f}"]
         body.append([row, mean, *effects, *health])
     notes = [
         "Under a probe set: the change of ⟨φ⟩, in the units of φ, per unit of its weight ρ (1 → 2) "
