@@ -167,7 +167,7 @@ def chi(sampler=SAMPLER, estimator=None, **settings):
 
 
 def test_a_sampler(module):
-    """At scale 1 it is SGLD, and its relaxation time gives the pathwise estimator its window."""
+    """At one scale for all it is SGLD, and its relaxation time gives the pathwise estimator its window."""
     scaled_sgld = module("my_sampler", SAMPLER_FILE).scaled_sgld
     ones = jax.tree.map(jnp.ones_like, posterior().centre)
     mine = scaled_sgld(step_size=0.1, scale=ones)
@@ -181,9 +181,11 @@ def test_a_sampler(module):
     got, wanted = chi(mine), chi(theirs)  # γ = 10: two steps
     assert got.estimator == wanted.estimator == "pathwise (adjoint, window 12)"
     chex.assert_trees_all_close(got.chi, wanted.chi, atol=1e-6)
-    slow = scaled_sgld(step_size=0.1, scale=jax.tree.map(lambda x: x / 100, ones))
-    moved = run(jax.random.key(3), posterior(), slow) - weights_of(posterior().params)[None, None]
-    assert float(jnp.abs(moved).max()) < 0.2
+    slow = scaled_sgld(step_size=0.1, scale=jax.tree.map(lambda x: x / 10, ones))
+    chex.assert_trees_all_close(
+        run(jax.random.key(3), posterior(), slow),
+        run(jax.random.key(3), posterior(), jp.sgld(step_size=0.01, noise="leaf")), atol=1e-6,
+    )  # fmt: skip
 
 
 def test_an_estimator(module):
