@@ -41,6 +41,7 @@ from jaxpattern.response.measure import (
 )
 from jaxpattern.response.problem import Problem, check_reweighted
 from jaxpattern.response.result import Response
+from jaxpattern.response.shares import column_mean
 from jaxpattern.runtime.host import Host
 from jaxpattern.validation import renamed
 
@@ -98,7 +99,7 @@ class Covariance:
             alive = alive & full.alive
             means = full.added.mean_b
         nbeta = run.posterior.nbeta if self.reweight_observable else None
-        estimates = _finish(recorded.added, alive, means, problem.offsets, nbeta)
+        estimates = _finish(recorded.added, alive, means, problem.offsets, nbeta, problem.mass)
         return part_of_chains(
             run, problem, group, estimates, alive, recorded.kept, num_batches=run.plan.batches
         )
@@ -176,6 +177,7 @@ def _finish(
     full: dict[str, Array] | None,
     offsets: Float[Array, " rows"],
     nbeta: Any,
+    mass: dict[str, Array],
 ) -> Estimates:
     """χ of every component from the groups of draws of its chains."""
 
@@ -183,7 +185,7 @@ def _finish(
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), added)
         weight = jnp.repeat(alive, added.weight.shape[1])
         means = jax.tree.map(lambda x: x[0].reshape(-1, *x.shape[3:]), full)
-        return _estimate(flat, weight, offsets, means, nbeta)
+        return _estimate(flat, weight, offsets, means, nbeta, mass)
 
     return over_components(one, added, alive)
 
@@ -252,6 +254,7 @@ def _estimate(
     offsets: Float[Array, " rows"],
     full_means: dict[str, Array] | None,
     nbeta: Any,
+    mass: dict[str, Array],
 ) -> Estimates:
     """χ̂ = Σ_g n_g x_g / (n − 1), its standard error, two halves, and the groups' set means."""
     count = pooled.weight * alive
@@ -273,11 +276,10 @@ def _estimate(
         share = count / jnp.sum(count)
         center = groups.centers(share)
         chi = groups.mean(share, center)
-        column_axes = tuple(range(1, chi.ndim))
 
         def spread(total: Array, g: Array) -> tuple[Array, Array]:
             x = groups.value(g, center)
-            mean = jnp.where(share[g] > 0, jnp.mean(x, axis=column_axes), jnp.nan)
+            mean = jnp.where(share[g] > 0, column_mean(x, mass[name]), jnp.nan)
             return total + (share[g] * (x - chi)) ** 2, mean
 
         squares, batches = jax.lax.scan(spread, jnp.zeros_like(chi), jnp.arange(count.shape[0]))

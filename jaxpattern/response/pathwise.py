@@ -203,7 +203,7 @@ class Pathwise:
 
     def part(self, run: Run, problem: Problem, group: ComponentGroup, recorded: Recorded) -> Part:
         """χ of a group from chains that were swept back."""
-        estimates = _finish(recorded.looked, recorded.alive, self.antithetic)
+        estimates = _finish(recorded.looked, recorded.alive, problem.mass, self.antithetic)
         return part_of_chains(
             run, problem, group, estimates, recorded.alive, recorded.looked.draws,
             num_batches=run.plan.batches, antithetic=self.antithetic,
@@ -379,12 +379,17 @@ def _bytes(posterior: Posterior, group: ComponentGroup) -> int:
 
 
 @partial(jax.jit, static_argnames="antithetic")
-def _finish(looked: Looked, alive: Bool[Array, "components chains"], antithetic: bool) -> Estimates:
+def _finish(
+    looked: Looked,
+    alive: Bool[Array, "components chains"],
+    mass: dict[str, Array],
+    antithetic: bool,
+) -> Estimates:
     """χ of every component from the groups of draws of its chains, and the health of its sweeps."""
 
     def one(looked: Looked, alive: Array) -> Estimates:
         sums, health = looked.added, looked.segments
-        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic)
+        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic, mass)
 
         def mean(x: Array) -> Array:
             """Over the segments of the chains that are alive."""
