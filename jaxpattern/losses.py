@@ -102,18 +102,17 @@ def check_finite_losses(
 def _at_the_door(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     with jax.ensure_compile_time_eval():
         head = jax.tree.map(lambda x: x[:_CHECKED_SAMPLES], batch)
-        losses, again = _losses_jit(loss_fn, params, head, _other_company(batch))
+        losses, again = _losses_jit(loss_fn, params, head)
         return np.asarray(losses), np.asarray(again)
 
 
 @partial(jax.jit, static_argnums=0)
-def _losses_jit(
-    loss_fn: LossFn, params: Params, batch: Batch, company: np.ndarray
-) -> tuple[Losses, Losses]:
+def _losses_jit(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Losses, Array]:
     """The losses of a batch, and those of its first samples in other company, `[2, half]`."""
     losses = losses_in_chunks(loss_fn, params, batch, _AT_ONCE)
     again = jax.lax.map(
-        lambda rows: widen(loss_fn(params, jax.tree.map(lambda x: x[rows], batch))), company
+        lambda rows: widen(loss_fn(params, jax.tree.map(lambda x: x[rows], batch))),
+        _other_company(batch),
     )
     return losses, again
 

@@ -301,12 +301,23 @@ def _rmsprop(
     def step(key: Key[Array, ""], state: RmspropState, minibatch: Any) -> RmspropState:
         position, square, num_steps = state
         gradient = posterior.loss_gradient(position, minibatch)
-        square = jax.tree.map(lambda v, g: decay * v + (1 - decay) * g**2, square, gradient)
-        correction = 1 - decay ** (num_steps + 1.0) if kind.bias_correction else 1.0
 
+        def average(v: Array, g: Array) -> Array:
+            kept = jnp.asarray(decay, v.dtype)
+            return kept * v + (1 - kept) * g**2
+
+        square = jax.tree.map(average, square, gradient)
+
+        # In the precision of the position, whatever that of the losses and the settings.
         def move(w: Array, g: Array, v: Array, w0: Array, xi: Array) -> Array:
-            step = step_size / (_root(v / correction) + stability)
-            drift = posterior.nbeta * g + posterior.localization * (w - w0)
+            nbeta, gamma, size, small, kept = (
+                jnp.asarray(x, w.dtype)
+                for x in (posterior.nbeta, posterior.localization, step_size, stability, decay)
+            )
+            if kind.bias_correction:
+                v = v / (1 - kept ** (num_steps.astype(w.dtype) + 1))
+            step = size / (_root(v) + small)
+            drift = nbeta * g + gamma * (w - w0)
             return w - step / 2 * drift + jnp.sqrt(step) * xi
 
         noise = kind.noise(key, position)
@@ -365,7 +376,8 @@ def _sgnht(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgor
     kernel = blackjax.sgnht.build_kernel(alpha=friction)
 
     def init(position: Position, rng_key: Key[Array, ""]) -> Any:
-        return blackjax.sgnht.init(position, rng_key, jnp.asarray(friction, float))
+        kind = jnp.result_type(*jax.tree.leaves(position))
+        return blackjax.sgnht.init(position, rng_key, jnp.asarray(friction, kind))
 
     def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
         h = jnp.sqrt(step_size / 2)

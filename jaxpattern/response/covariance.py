@@ -257,11 +257,11 @@ def _estimate(
     mass: dict[str, Array],
 ) -> Estimates:
     """χ̂ = Σ_g n_g x_g / (n − 1), its standard error, two halves, and the groups' set means."""
-    count = pooled.weight * alive
-    number = jnp.sum(alive)
+    count = jnp.where(alive, pooled.weight, 0)
+    number = jnp.sum(alive, dtype=count.dtype)
     # Halves have equal numbers of the groups that are alive; chains do not straddle them
     # unless their number is odd.
-    first = (jnp.cumsum(alive) <= number / 2) & alive
+    first = (jnp.cumsum(alive, dtype=count.dtype) <= number / 2) & alive
     second = ~first & alive
 
     def columns(name: str) -> tuple[Array, Array, Array, Array]:
@@ -286,7 +286,8 @@ def _estimate(
         stderr = jnp.sqrt(squares * number / (number - 1))
         halves = []
         for half in (first, second):
-            half_share = count * half / jnp.sum(count * half)
+            half_count = jnp.where(half, count, 0)
+            half_share = half_count / jnp.sum(half_count)
             halves.append(groups.mean(half_share, groups.centers(half_share)))
         return bessel * chi, bessel * stderr, bessel * jnp.stack(halves), bessel * batches
 

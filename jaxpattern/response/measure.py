@@ -215,10 +215,10 @@ def batch_estimates(
         counts = join_twins(jnp.where(alive[:, None], counts, 0.0))
         alive = join_twins(alive) > 0
     weight = jnp.repeat(alive, counts.shape[1])
-    counts = (counts * alive[:, None]).reshape(-1)
+    counts = jnp.where(alive[:, None], counts, 0).reshape(-1)
     share = counts / jnp.sum(counts)
-    number = jnp.sum(weight)
-    first = (jnp.cumsum(weight) <= number / 2) & weight
+    number = jnp.sum(weight, dtype=counts.dtype)
+    first = (jnp.cumsum(weight, dtype=counts.dtype) <= number / 2) & weight
 
     def mean(values: Array, share: Array) -> Array:
         return jnp.tensordot(share / jnp.sum(share), values, 1, precision="highest")
@@ -230,7 +230,9 @@ def batch_estimates(
         chi = mean(x, share)
         squares = jnp.tensordot(share**2, (x - chi[None]) ** 2, 1, precision="highest")
         stderr = jnp.sqrt(squares * number / (number - 1))
-        halves = jnp.stack([mean(x, share * first), mean(x, share * (weight & ~first))])
+        halves = jnp.stack(
+            [mean(x, jnp.where(half, share, 0)) for half in (first, weight & ~first)]
+        )
         group = x if mass is None else column_mean(x, mass[name])
         return chi, stderr, halves, jnp.where(weight[:, None], group, jnp.nan)
 

@@ -395,7 +395,7 @@ def _finish(
             """Over the segments of the chains that are alive."""
             over_segments = jnp.mean(x, axis=1)
             kept = jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 2)), over_segments, 0.0)
-            return jnp.sum(kept, axis=0) / alive.sum()
+            return jnp.sum(kept, axis=0) / alive.sum().astype(x.dtype)
 
         return estimates._replace(
             diagnostics={

@@ -152,5 +152,5 @@ def _weights_of(
 def column_mean(values: Float[Array, "..."], mass: Float[Array, "*columns"]) -> Float[Array, "..."]:
     """Σ_z q_z x_z / Σ_z q_z over the columns of a probe set, the last axes; mass 0 is left out."""
     axes = tuple(range(-mass.ndim, 0))
-    share = mass / jnp.sum(mass)
+    share = jnp.broadcast_to(mass / jnp.sum(mass), values.shape)
     return jnp.sum(jnp.where(share == 0, 0, share * values), axis=axes)
