@@ -177,10 +177,14 @@ class Posterior:
 
     def logdensity(self, position: Position) -> Float[Array, ""]:
         """log p(w) up to a constant, on all the data: what a blackjax MCMC kernel takes."""
-        squared = jax.tree.map(lambda w, centre: jnp.sum((w - centre) ** 2), position, self.centre)
-        return -self.nbeta * self.loss(position) - self.localization / 2 * jax.tree.reduce(
-            jnp.add, squared
+        loss = self.loss(position)
+        squared = jax.tree.map(
+            lambda w, centre: jnp.sum((w - centre.astype(w.dtype)) ** 2).astype(loss.dtype),
+            position,
+            self.centre,
         )
+        nbeta, gamma = (jnp.asarray(x, loss.dtype) for x in (self.nbeta, self.localization))
+        return -nbeta * loss - gamma / 2 * jax.tree.reduce(jnp.add, squared)
 
     def reweight(self, weights: Shaped[Array | np.ndarray, "samples *tokens"] | None) -> Posterior:
         """The posterior of the same data under weights ρ, of the shape of the losses.

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxpattern.posterior import Posterior, Target
 from jaxpattern.types import Position, SamplingAlgorithm
@@ -170,14 +170,18 @@ def _noise_of(noise: str, flat: Any, leaf: Any) -> Any:
 def _sgld(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
     blackjax = import_blackjax()
     kernel = blackjax.sgld.build_kernel()
+    step_size = _narrow(posterior, step_size)
 
     def step(key: Key[Array, ""], position: Position, minibatch: Any) -> Position:
-        return kernel(key, position, posterior.grad_estimator, minibatch, step_size / 2)
+        new = kernel(key, position, posterior.grad_estimator, minibatch, step_size / 2)
+        return _cast_like(new, position)
 
     return SamplingAlgorithm(_at_position, step)
 
 
 def _sgld_by_leaf(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
+    step_size = _narrow(posterior, step_size)
+
     def step(key: Key[Array, ""], position: Position, minibatch: Any) -> Position:
         drift = posterior.grad_estimator(position, minibatch)
 
@@ -187,6 +191,16 @@ def _sgld_by_leaf(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
         return jax.tree.map(move, position, drift, noise_by_leaf(key, position))
 
     return SamplingAlgorithm(_at_position, step)
+
+
+def _narrow(posterior: Target, setting: Any) -> Array:
+    """A setting in the precision of the position: one of float64 would widen what it moves."""
+    return jnp.asarray(setting, jnp.result_type(*jax.tree.leaves(posterior.centre)))
+
+
+def _cast_like(new: PyTree[Array], old: PyTree[Array]) -> PyTree[Array]:
+    """The new state in the dtypes of the old: with x64, blackjax draws float64 for any position."""
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
 
 
 def _at_position(position: Position, rng_key: Key[Array, ""] | None = None) -> Position:
@@ -205,7 +219,7 @@ def noise_by_leaf(key: Key[Array, ""], position: Position) -> Position:
 
 def noise_flat(key: Key[Array, ""], position: Position) -> Position:
     """ξ ~ N(0, 1) as blackjax draws it, one vector for the whole position: one small program."""
-    return import_blackjax().util.generate_gaussian_noise(key, position)
+    return _cast_like(import_blackjax().util.generate_gaussian_noise(key, position), position)
 
 
 class RmspropState(NamedTuple):
@@ -373,15 +387,16 @@ def _underdamped(posterior: Posterior, settings: dict[str, Any]) -> float:
 
 def _sgnht(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
     blackjax = import_blackjax()
+    friction, step_size = _narrow(posterior, friction), _narrow(posterior, step_size)
     kernel = blackjax.sgnht.build_kernel(alpha=friction)
 
     def init(position: Position, rng_key: Key[Array, ""]) -> Any:
-        kind = jnp.result_type(*jax.tree.leaves(position))
-        return blackjax.sgnht.init(position, rng_key, jnp.asarray(friction, kind))
+        state = blackjax.sgnht.init(position, rng_key, friction)
+        return state._replace(momentum=_cast_like(state.momentum, position))
 
     def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
         h = jnp.sqrt(step_size / 2)
-        return kernel(key, state, posterior.grad_estimator, minibatch, h)
+        return _cast_like(kernel(key, state, posterior.grad_estimator, minibatch, h), state)
 
     return SamplingAlgorithm(init, step)
 
@@ -406,4 +421,14 @@ def mala(*, step_size: float | Float[Array, ""]) -> Sampler:
 
 
 def _mala(posterior: Posterior, *, step_size: Any) -> SamplingAlgorithm:
-    return SamplingAlgorithm(*import_blackjax().mala(posterior.logdensity, step_size / 2))
+    step_size = _narrow(posterior, step_size)
+    # With x64 the proposal is float64, and so must be all that is compared with it.
+    wide = jnp.promote_types(step_size.dtype, jnp.result_type(float))
+    inner = import_blackjax().mala(lambda w: posterior.logdensity(w).astype(wide), step_size / 2)
+
+    def step(key: Key[Array, ""], state: Any) -> tuple[Any, Any]:
+        widened = jax.tree.map(lambda x: x.astype(wide), state)
+        new, info = inner.step(key, widened)
+        return _cast_like(new, state), info
+
+    return SamplingAlgorithm(inner.init, step)
