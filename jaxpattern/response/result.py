@@ -208,7 +208,7 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
         return groups.split(columns.mean(columns.join(values), mass))
 
     def stderr(batches: Array) -> Array:
-        number = jnp.sum(~jnp.isnan(batches), axis=0)
+        number = jnp.sum(~jnp.isnan(batches), axis=0, dtype=batches.dtype)
         return jnp.nanstd(batches, axis=0, ddof=1) / jnp.sqrt(number)
 
     return replace(
