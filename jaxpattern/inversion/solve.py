@@ -383,6 +383,7 @@ def _name(
         converged=result.converged,
         mass=response.mass,
         columns=response.columns,
+        base=response.base,
     )
 
 
