@@ -255,7 +255,7 @@ def is_counted(weights: Float[Array, "samples *tokens"]) -> Array:
 def check_weights(name: str, weights: Any, shape: tuple[int, ...] | None) -> Array | np.ndarray:
     """ρ as it comes (lists, masks, integers, any scale): real, finite, of the losses' shape.
 
-    Only ratios count: what is known is brought to largest 1 in its own precision.
+    In at least float64 where it is known; JAX arrays stay what they are.
     """
     kind = weights.dtype if hasattr(weights, "dtype") else np.asarray(weights).dtype
     if not any(jnp.issubdtype(kind, real) for real in (jnp.floating, jnp.integer, bool)):
@@ -270,7 +270,7 @@ def check_weights(name: str, weights: Any, shape: tuple[int, ...] | None) -> Arr
         own = own.astype(np.promote_types(own.dtype, np.float64) if own.dtype.isbuiltin else "f8")
         if not np.isfinite(own).all():
             raise ValueError(f"{name} must be finite, got NaN or infinity among them")
-        return own / (np.max(np.abs(own), initial=0.0) or 1.0)
+        return own
     weights = jnp.asarray(weights)
     if not holds(lambda x: jnp.all(jnp.isfinite(x)), weights):
         raise ValueError(f"{name} must be finite, got NaN or infinity among them")
@@ -278,13 +278,16 @@ def check_weights(name: str, weights: Any, shape: tuple[int, ...] | None) -> Arr
 
 
 def normalise_weights(
-    weights: Array | np.ndarray | None, shape: tuple[int, ...], dtype: jnp.dtype
+    weights: Array | np.ndarray | list[Any] | None, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> Float[Array, "samples *tokens"]:
     """ρ scaled to sum N, whatever scale and dtype it comes in."""
     if weights is None:
         return jnp.full(shape, shape[0] / math.prod(shape), dtype)
+    # Only ratios count: brought to largest 1 in their own precision, before they are narrowed.
     known = check_weights("weights", weights, shape)
-    if isinstance(known, jax.Array):
+    if isinstance(known, np.ndarray):
+        known = known / (np.max(np.abs(known)) or 1.0)
+    else:
         known = known.astype(jnp.promote_types(known.dtype, dtype))
         largest = jax.lax.stop_gradient(jnp.max(jnp.abs(known)))
         known = known / jnp.where(largest > 0, largest, 1)

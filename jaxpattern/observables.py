@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def mean_loss(
     loss_fn: LossFn,
     batch: Batch,
     *,
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
     chunk: int | None = None,
 ) -> MeanLoss:
     """The observable φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a batch.
@@ -68,6 +69,8 @@ def mean_loss(
         check_count("chunk", chunk, minimum=1)
     if weights is not None:
         weights = check_weights("weights", weights, None)
+        if isinstance(weights, np.ndarray):
+            weights = weights / (np.max(np.abs(weights), initial=0.0) or 1.0)
         if not holds(lambda x: np.sum(np.asarray(x, np.float64)) > 0, weights):
             raise ValueError("weights must have a positive sum")
     return MeanLoss(batch=batch, weights=weights, loss_fn=loss_fn, chunk=chunk)
@@ -77,7 +80,7 @@ def mean_losses(
     loss_fn: LossFn,
     batches: Mapping[str, Batch],
     *,
-    weights: Mapping[str, Shaped[Array | np.ndarray, "samples *tokens"]] | None = None,
+    weights: Mapping[str, Shaped[Array | np.ndarray, "samples *tokens"] | list[Any]] | None = None,
     chunk: int | None = None,
 ) -> dict[str, MeanLoss]:
     """One `mean_loss` per batch, under its name: what `susceptibilities` takes as observables.
@@ -128,7 +131,7 @@ def excess_loss(
     batch: Batch,
     params: Params,
     *,
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
     chunk: int | None = None,
 ) -> ExcessLoss:
     """The observable φ(w) = L(w) − L(w*), the standard one of a component.

@@ -187,7 +187,9 @@ class Posterior:
         nbeta, gamma = (jnp.asarray(x, loss.dtype) for x in (self.nbeta, self.localization))
         return -nbeta * loss - gamma / 2 * jax.tree.reduce(jnp.add, squared)
 
-    def reweight(self, weights: Shaped[Array | np.ndarray, "samples *tokens"] | None) -> Posterior:
+    def reweight(
+        self, weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None
+    ) -> Posterior:
         """The posterior of the same data under weights ρ, of the shape of the losses.
 
         Raises:
@@ -207,7 +209,7 @@ def localized_posterior(
     *,
     nbeta: float | int | Float[Array, ""],
     localization: float | int | Float[Array, ""],
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
 ) -> Posterior:
     """The posterior p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²) around trained weights w*.
 

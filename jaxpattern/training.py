@@ -101,7 +101,7 @@ def train(
     *,
     num_steps: int,
     batch_size: int,
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
     weighting: Literal["loss", "sampling"] = "loss",
     metrics: Callable[[Params], PyTree[Array]] | None = None,
     record_every: int | None = None,

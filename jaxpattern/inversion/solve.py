@@ -384,6 +384,7 @@ def _name(
         converged=result.converged,
         mass=response.mass,
         columns=response.columns,
+        base=response.base,
     )
 
 

@@ -73,6 +73,7 @@ def by_component(
         halves=estimates.halves,
         batches=estimates.batches,
         mass=mass,
+        base=problem.mass if grouped else {},
         nbeta=_number(run.posterior.nbeta, run.posterior.weights.dtype),
         mean=summary.mean,
         mean_stderr=summary.stderr,

@@ -47,6 +47,8 @@ class Response:
         diagnostics: what an estimator says about itself, arrays with a leading row axis.
         cost: gradient equivalents spent (one forward and backward pass of one sample).
         num_samples: number of columns before any grouping.
+        base: probe set → mass of each of its losses, kept by `group_mean`; empty where the columns
+            are the losses, or where it is not known.
         loss_shapes: pairs of a probe set and the shape of its losses, kept by `group_mean`;
             empty where the columns are the losses, or where the shapes are not known.
     """
@@ -68,6 +70,7 @@ class Response:
     num_samples: int = field(metadata={"static": True})
     estimator: str = field(default="", metadata={"static": True})
     diagnostics: dict[str, Shaped[Array, "..."]] = field(default_factory=dict)
+    base: dict[str, Float[Array, "..."]] = field(default_factory=dict)
     loss_shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(
         default=(), metadata={"static": True}
     )
@@ -217,6 +220,7 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
         stderr={name: stderr(response.batches[name]) for name in columns.names},
         halves=mean(response.halves) if set(response.halves) == set(columns.names) else {},
         mass=share,
+        base=response.base if columns.grouped else response.mass,
         loss_shapes=tuple(zip(columns.names, columns.loss_shapes or (), strict=False)),
     )
 

@@ -37,7 +37,7 @@ def susceptibilities(
     estimator: Estimator | None = None,
     components: Mapping[str, Restriction] | Iterable[tuple[str, Restriction]] | None = None,
     reference: Batch | None = None,
-    probe_weights: Mapping[str, Array | np.ndarray] | None = None,
+    probe_weights: Mapping[str, Array | np.ndarray | list[Any]] | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     mesh: Mesh | None = None,
