@@ -1,5 +1,6 @@
 """Patterning in JAX: measure how a trained network responds to its data, and choose the data."""
 
+from jaxpattern import lm as lm
 from jaxpattern._version import __version__ as __version__
 from jaxpattern.chains.divergence import DivergenceError, DivergenceWarning
 from jaxpattern.chains.loop import Recorded, run_chains
@@ -22,7 +23,7 @@ from jaxpattern.inversion import (
     truncated,
 )
 from jaxpattern.llc import LocalLearningCoefficient, llc
-from jaxpattern.lm.components import components
+from jaxpattern.lm.components import component, components
 from jaxpattern.lm.scores import (
     in_context_score,
     induction_loss,
@@ -69,6 +70,7 @@ from jaxpattern.sampling import sample
 from jaxpattern.several import LLC, Chi, Measured, measure
 from jaxpattern.sweep import Sweep, sweep
 from jaxpattern.training import History, train
+from jaxpattern.verdict import UnreliableError, UnreliableWarning
 
 __all__ = [
     "LLC",
@@ -108,12 +110,15 @@ __all__ = [
     "TokenMean",
     "Trace",
     "UnreachableTargetWarning",
+    "UnreliableError",
+    "UnreliableWarning",
     "WeightsWarning",
     "box",
     "by_mask",
     "by_path",
     "by_slice",
     "complement",
+    "component",
     "components",
     "compose_weights",
     "covariance",
@@ -129,6 +134,7 @@ __all__ = [
     "laplace",
     "least_norm",
     "llc",
+    "lm",
     "load",
     "localized_posterior",
     "make_sampler",

@@ -27,14 +27,18 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from jaxpattern import tables
 from jaxpattern.chains.divergence import check_alive
 from jaxpattern.chains.kernel import position_of
+from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import Recorded, run_chains
+from jaxpattern.chains.pilot import Pilot, fly
 from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.record import Trace
 from jaxpattern.chains.run import Run, make_run
 from jaxpattern.diagnostics import numbers_of, on_device, summarize
+from jaxpattern.losses import weighted_mean
 from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
+from jaxpattern.verdict import coarse, say, stiff, trend, unsettled, warn
 
 
 class LocalLearningCoefficient(NamedTuple):
@@ -48,6 +52,22 @@ class LocalLearningCoefficient(NamedTuple):
     trace: Float[Array, "chains draws"]
     diverged: Bool[Array, " chains"]
     cost: float
+    stiffness: Float[Array, ""] | float = float("nan")
+    spacing: Float[Array, ""] | float = float("nan")
+
+    @property
+    def verdict(self) -> str:
+        """Whether λ̂ can be trusted, in words."""
+        trace, lost = np.asarray(self.trace, np.float64), np.asarray(self.diverged)
+        living = trace[~lost]
+        drift, size = trend(living, np.ones(len(living), bool), 20)
+        found = unsettled(
+            rhat=float(self.rhat), ess=float(self.ess), spread=float(np.ptp(living)),
+            drift=float(drift), size=float(size),
+        )  # fmt: skip
+        return say(
+            "LLC", [("", [*found, *stiff(float(self.stiffness)), *coarse(float(self.spacing))])]
+        )
 
     def __str__(self) -> str:
         return tables.text(tables.llc, self)
@@ -71,7 +91,7 @@ class PairedExcessLoss(Trace):
         batch, weights = posterior.minibatch(key, batch_size)
         excess = posterior.losses(position_of(state), batch)
         excess = excess - posterior.losses(posterior.centre, batch)
-        return jnp.sum(weights * excess) / weights.shape[0], ()
+        return weighted_mean(excess, weights), ()
 
 
 def llc(
@@ -119,18 +139,19 @@ def llc(
         "llc", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run, posterior=posterior
     ) as host:
         chains = run_chains(run, PairedExcessLoss(), host, label="LLC")
+        pilot = fly(run, ComponentGroup())
     check_alive(chains.alive, ("",), posterior)
-    return coefficient(run, chains)
+    return coefficient(run, chains, pilot)
 
 
-def coefficient(run: Run, chains: Recorded) -> LocalLearningCoefficient:
+def coefficient(run: Run, chains: Recorded, pilot: Pilot | None) -> LocalLearningCoefficient:
     """λ̂ and its error from chains that kept `PairedExcessLoss`."""
     plan = run.plan
-    alive, excess = numbers_of((chains.alive[0], chains.kept[0]))
-    trace = run.posterior.nbeta * excess
+    alive, excess, nbeta = numbers_of((chains.alive[0], chains.kept[0], run.posterior.nbeta))
+    trace = (nbeta * excess).astype(excess.dtype)
     summary = summarize(trace, num_batches=plan.batches, alive=alive)
     xp = np if isinstance(trace, np.ndarray) else jnp
-    return LocalLearningCoefficient(
+    result = LocalLearningCoefficient(
         mean=summary.mean,
         stderr=summary.stderr,
         per_chain=on_device(xp.where(alive, xp.mean(trace, axis=1), xp.nan)),
@@ -139,4 +160,9 @@ def coefficient(run: Run, chains: Recorded) -> LocalLearningCoefficient:
         trace=on_device(trace),
         diverged=on_device(~alive),
         cost=plan.num_chains * run.batch * (plan.num_steps + plan.num_draws * 2 / 3),
+        stiffness=on_device(np.asarray(np.nan if pilot is None else pilot.stiffness[0], "f")),
+        spacing=on_device(np.asarray(np.nan if pilot is None else pilot.spacing[0], "f")),
     )
+    if isinstance(trace, np.ndarray) and not result.verdict.startswith("nothing"):
+        warn(result.verdict, stacklevel=2)
+    return result

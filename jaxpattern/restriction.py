@@ -42,6 +42,11 @@ class Restriction:
             if callable(function) and not isinstance(function, Partial):
                 object.__setattr__(self, name, Partial(function))
 
+    def __str__(self) -> str:
+        """What it restricts to, where `select` can tell."""
+        describe = getattr(getattr(self.select, "func", None), "describe", None)
+        return repr(self) if describe is None else describe(*self.select.args)  # type: ignore[attr-defined]
+
 
 def by_path(*patterns: str) -> Restriction:
     """All weights whose path matches a pattern, such as `"layers/1/attn/*"`.
@@ -269,6 +274,9 @@ def check_restriction(restriction: Any, params: Params) -> None:
                 f"restriction.embed changes {name} from {old.dtype}{list(old.shape)} "
                 f"to {new.dtype}{list(new.shape)}"
             )
+        # What a restriction leaves alone is the same array, which may be large.
+        if new is old:
+            continue
         # NumPy compares constants under jit too, where jnp would trace.
         if is_concrete(new) and is_concrete(old) and not np.array_equal(new, old):
             raise ValueError(f"restriction.embed(select(params), params) changes {name}")

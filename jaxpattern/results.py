@@ -10,7 +10,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,23 @@ def load(path: str | os.PathLike[str]) -> Response | Intervention | LocalLearnin
     header, arrays = _read(path)
     kind = {k.__name__: k for k in _UNITS}[header["kind"]]
     values = {name: _decode(value, arrays) for name, value in header["content"].items()}
-    if set(values) != set(_names(kind)):
+    missing = set(_names(kind)) - set(values)
+    if set(values) - set(_names(kind)) or missing - _with_default(kind):
         raise ResultFileError(
             f"{path} holds the fields {sorted(values)}, a {kind.__name__} has "
             f"{sorted(_names(kind))}"
         )
     return kind(**values)
+
+
+def _with_default(kind: type) -> set[str]:
+    """Fields that files of earlier versions may lack."""
+    if hasattr(kind, "_field_defaults"):
+        return set(kind._field_defaults)
+    given = (
+        f for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING
+    )
+    return {f.name for f in given}
 
 
 def provenance(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from jaxpattern.chains.divergence import check_alive
+from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import Recorded, States, run_chains
+from jaxpattern.chains.pilot import fly
 from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.record import Several
 from jaxpattern.chains.run import Run, make_run
@@ -44,6 +46,7 @@ class Chi:
     estimator: Estimator | None = None
     components: Mapping[str, Restriction] | Iterable[tuple[str, Restriction]] | None = None
     reference: Batch | None = None
+    probe_weights: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,7 @@ def measure(
             estimators[name] = choose_estimator(run, what.estimator)
             problems[name] = make_problem(
                 run, probes=what.probes, observables=what.observables, reference=what.reference,
-                components=what.components,
+                components=what.components, probe_weights=what.probe_weights,
             )  # fmt: skip
     shared = {
         name: _recorder(what, run, problems.get(name), estimators.get(name))
@@ -205,12 +208,12 @@ def _together(
 
 def _result(part: Any, run: Run, own: Recorded, problem: Problem | None, estimator: Any) -> Any:
     if isinstance(part, PairedExcessLoss):
-        return coefficient(run, own)
+        return coefficient(run, own, fly(run, ComponentGroup()))
     if problem is None:
         return _first(own.kept)
 
     def measured(group: Any) -> Any:
-        return estimator.part(run, problem, group, own)
+        return estimator.part(run, problem, group, own, None, fly(run, group))
 
     name, cost = f"covariance ({estimator.form})", estimator.cost(run, problem)
     return by_component(run, problem, measured, name=name, cost=cost)

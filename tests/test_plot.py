@@ -77,6 +77,7 @@ def test_response_matrix_wants_a_grouped_response():
         plot.response_matrix(make_response(columns=(5,)))
 
 
+@pytest.mark.filterwarnings("ignore::jaxpattern.inversion.UnreachableTargetWarning")
 @pytest.mark.parametrize("columns", [(), (5,), (5, 4)])
 def test_weights_are_bars(columns):
     solution = solve_weights(make_response(columns), {"prose": -1e-3}, method=jp.ridge(tau=0.0))
@@ -97,6 +98,7 @@ def test_shifts_show_both_and_the_target():
         plot.shifts(predicted, {"a": 0.0})
 
 
+@pytest.mark.filterwarnings("ignore::jaxpattern.inversion.UnreachableTargetWarning")
 def test_figures_fit_axes_that_are_given():
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)

@@ -333,7 +333,7 @@ def _importance(matrix: Array, mass: Array) -> Array:
 def _mean_stderr(batches: Array) -> Array:
     """Standard error of the mean over the last axis, NaN left out; derivative 0 at no spread."""
     valid = ~jnp.isnan(batches)
-    count = jnp.sum(valid, axis=-1)
+    count = jnp.sum(valid, axis=-1, dtype=batches.dtype)
     mean = jnp.sum(jnp.where(valid, batches, 0.0), axis=-1) / jnp.maximum(count, 1)
     squares = jnp.sum(jnp.where(valid, batches - mean[:, None], 0.0) ** 2, axis=-1)
     error = squares / jnp.maximum(count * (count - 1), 1)
@@ -367,7 +367,8 @@ def _name(
     predicted = by_row(result.predicted)
     wanted = {rows[k]: result.wanted[i] for i, k in enumerate(constrained)}
     return Intervention(
-        weights=result.weights,
+        # In the order of the response: `jit` returns dictionaries sorted.
+        weights={name: result.weights[name] for name in response.chi},
         cross_fitted_shift=by_row(result.cross_fitted),
         cross_fitted_stderr=by_row(result.cross_fitted_stderr),
         predicted_shift=predicted,

@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array
 
+from jaxpattern.lm import layouts, parts
+from jaxpattern.lm.layouts import Layout
+from jaxpattern.lm.model import Model
+from jaxpattern.lm.split import Tail
 from jaxpattern.restriction import Restriction, by_path
 from jaxpattern.types import Params, Position
 
@@ -22,47 +26,97 @@ KINDS = ("embed", "head", "mlp", "layer", "unembed")
 """The kinds of parts; `components` names those that the weights have."""
 
 
+def component(model: Any, name: str | Sequence[str]) -> Restriction:
+    """One part of a loaded model, or the union of several.
+
+    Args:
+        model: from `jaxpattern.lm.load`, `jaxpattern.lm.split` or `jaxpattern.lm.layout`.
+        name: `l0h1` (also `L0H1`, `l0 h1`, `0:1`), a head: its query and output and the key/value
+            head that it reads; `l0g0`, all heads that share a key/value head; `l0 attn`; `l0 mlp`;
+            `l0`, a layer; `embed`; `unembed`; `full`; the path of a parameter; or a list of these.
+
+    Returns:
+        A `Restriction` of `model.params`; printed, it says its name and its number of parameters.
+
+    Raises:
+        TypeError: `model` is none of these, or a name is no string.
+        ValueError: there is no such part, and the message has the nearest names; or it is the
+            read-out of a model whose weights are tied.
+    """
+    if isinstance(model, Layout):
+        return layouts.component(model, name)
+    if isinstance(model, Model | Tail):
+        return parts.component(model, name)
+    raise TypeError(
+        "model must come from jaxpattern.lm.load, jaxpattern.lm.split or jaxpattern.lm.layout, "
+        f"got {type(model).__name__}"
+    )
+
+
 def components(
-    params: Any, *, kinds: str | Sequence[str] = KINDS, across_layers: bool = True
+    model: Any,
+    names: Sequence[str] | None = None,
+    *,
+    kinds: str | Sequence[str] | None = None,
+    across_layers: bool = True,
 ) -> dict[str, Restriction]:
     """The parts of a transformer by name, as `susceptibilities` takes them.
 
     Parts of one kind and shape run as one program.
 
     Args:
-        params: weights, as `models.transformer.init` gives them, or a flax model that holds them:
+        model: from `jaxpattern.lm.load`, `jaxpattern.lm.split` or `jaxpattern.lm.layout`; or
+            parameters, as `models.transformer.init` gives them, or a flax model that holds them:
             a nested dict with `layers/i/attn/*`, each array of which has a head axis first, and
             where they exist `layers/i/mlp/*`, `embed`, `positions` and `unembed`.
-        kinds: which of these, in the order in which they are wanted:
+        names: parts of a loaded model or a layout, as `component` takes them; all by default.
+        kinds: in place of names, which of these, in the order in which they are wanted:
 
             * "embed": `embed`, and `positions` where they are learned,
             * "head": `l0h1`, head 1 of layer 0: its query, key, value, output, and position bias,
-            * "mlp": `l1.mlp`, what it reads and writes with,
-            * "layer": `l0`, all weights of the layer, norms too,
+            * "group": `l0g1`, heads that share a key/value head; of a loaded model,
+            * "attn": `l0 attn`; of a loaded model,
+            * "mlp": `l1.mlp` (of a loaded model `l1 mlp`), what it reads and writes with,
+            * "layer": `l0`, all parameters of the layer, norms too,
             * "unembed": `unembed`; tied weights have none, their readout is `embed`.
         across_layers: one program for all layers: one compilation, and the widest. False makes one
-            a layer, whose chains hold copies of that layer's weights only and take no derivatives
-            below it; that is for deep models.
+            a layer, whose chains hold copies of that layer's parameters only and take no
+            derivatives below it. For plain parameters only: see `jaxpattern.lm.split`.
 
     Returns:
         Name → `Restriction`. Kinds overlap: a head is a part of its layer.
 
     Raises:
-        TypeError: `params` is neither a nested dict nor a flax model.
-        ValueError: it is no transformer of this layout, a kind is unknown or named twice, or the
-            weights have none of the kinds.
+        TypeError: `model` is nothing of these.
+        ValueError: it is no transformer of this layout, a part or kind is unknown or named twice,
+            or there is none of the kinds.
     """
-    wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    given = None if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if names is not None and given is not None:
+        raise ValueError("names and kinds are two ways to choose; give one of them")
+    if isinstance(model, Layout):
+        return layouts.components(model, names, layouts.KINDS if given is None else given)
+    if isinstance(model, Model | Tail):
+        return parts.parts_of(model, names, parts.KINDS if given is None else given)
+    if names is not None:
+        raise TypeError(
+            "names choose parts of a model from jaxpattern.lm.load or of a jaxpattern.lm.layout; "
+            "of plain parameters kinds do"
+        )
+    return _of_params(model, KINDS if given is None else given, across_layers)
+
+
+def _of_params(params: Any, wanted: tuple[str, ...], across_layers: bool) -> dict[str, Restriction]:
     if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(KINDS):
-        raise ValueError(f"kinds must be some of {KINDS}, each once, got {kinds!r:.80}")
+        raise ValueError(f"kinds must be some of {KINDS}, each once, got {wanted!r:.80}")
     if not isinstance(params, Mapping):
         params = _of_model(params)
     shapes = _layer_shapes(params)
     found: dict[str, Restriction] = {}
     for kind in wanted:
         if kind in ("embed", "unembed"):
-            names = ("embed", "positions") if kind == "embed" else ("unembed",)
-            found |= {name: by_path(name) for name in names if name in params}
+            whole = ("embed", "positions") if kind == "embed" else ("unembed",)
+            found |= {name: by_path(name) for name in whole if name in params}
         else:
             for layer in shapes:
                 alike = shapes if across_layers else {layer: shapes[layer]}

@@ -5,7 +5,6 @@ The mathematics is in `jaxpattern.response.pathwise`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,22 +14,29 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxpattern import moments
 from jaxpattern.chains.divergence import all_finite
 from jaxpattern.chains.kernel import position_of, step_keys
 from jaxpattern.chains.programs import Past
 from jaxpattern.chains.record import Glance
+from jaxpattern.moments import Moments
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.problem import Problem
-from jaxpattern.response.products import hessian_products
+from jaxpattern.response.products import Product, derivatives_along, hessian_products
 from jaxpattern.response.step import floats_of, given_step
 from jaxpattern.types import Position
 
 
 class Sums(NamedTuple):
-    """Σ over the draws of a group of nβ χ's summands over nβ, and their number."""
+    """Of a group of draws: Σ of χ's summands, their number, and the co-moments of φ and D beside.
+
+    The covariance of the same draws costs nothing more, since the sweep evaluates D anyway, one
+    step behind each draw; it is what χ is compared with.
+    """
 
     chi: dict[str, Float[Array, "*lead rows ..."]]
     num_draws: Float[Array, "*lead"]
+    beside: Moments
 
 
 class Health(NamedTuple):
@@ -54,6 +60,7 @@ class Backward(NamedTuple):
     whole: Bool[Array, " rows"]
     total: dict[str, Array]
     values: Float[Array, "slots rows"]
+    beside: Moments
     tail: Float[Array, "blocks rows"]
 
 
@@ -71,20 +78,26 @@ class Adjoint:
         direct: whether the loss inside φ is re-weighted too.
         hessian_batch: samples behind a Hessian product; None: the mini-batch.
         reference_batch: fresh samples behind L; None: all of the reference.
+        product: how Hessian products are computed.
+        width: c of a secant product.
     """
 
     problem: Problem
     growth_limit: Any
+    width: Any
     history: int = field(metadata={"static": True})
     slots: int = field(metadata={"static": True})
     tail_blocks: int = field(metadata={"static": True})
     direct: bool = field(metadata={"static": True})
     hessian_batch: int | None = field(metadata={"static": True})
     reference_batch: int | None = field(metadata={"static": True})
+    product: Product = field(metadata={"static": True})
 
     def init(self, posterior: Posterior) -> PyTree[Array]:
         """No draws yet."""
-        return Sums(self._no_columns(), jnp.zeros((), self._dtype))
+        columns = jax.tree.map(jnp.zeros_like, self.problem.probe_baseline)
+        beside = moments.init(jnp.zeros_like(self.problem.offsets), columns)
+        return Sums(self._no_columns(), jnp.zeros((), self._dtype), beside)
 
     def shapes(self, posterior: Posterior) -> tuple[PyTree[Array], PyTree[Array]]:
         """φ of the draws, `[slots, rows]`, and the health of the sweep."""
@@ -119,11 +132,12 @@ class Adjoint:
             whole=jnp.ones(rows, bool),
             total=self._no_columns(),
             values=jnp.zeros((self.slots, rows), self._dtype),
+            beside=accumulator.beside,
             tail=jnp.zeros((self.tail_blocks, rows), self._dtype),
         )
         end = jax.lax.fori_loop(0, about.num_blocks, partial(self._block, past), start)
         size = jnp.maximum(_size(end.total), 1e-30)
-        num_draws = accumulator.num_draws + about.draws
+        num_draws = accumulator.num_draws + about.draws.astype(self._dtype)
         return Glance(
             draws=end.values,
             segment=Health(
@@ -132,7 +146,9 @@ class Adjoint:
                 remainder=_norm(end.adjoint, past.last) / jnp.maximum(end.at_draw, 1e-30),
                 tail=(end.tail / size[None]).T,
             ),
-            accumulator=Sums(jax.tree.map(jnp.add, accumulator.chi, end.total), num_draws),
+            accumulator=Sums(
+                jax.tree.map(jnp.add, accumulator.chi, end.total), num_draws, end.beside
+            ),
             finite=all_finite((end.values, end.total)),
         )
 
@@ -151,7 +167,7 @@ class Adjoint:
             chosen = jnp.where(past.posterior.mirror < 0, size - 1 - chosen, chosen)
 
         def back(i: Array, carry: Any) -> Any:
-            adjoint, push, position = carry
+            adjoint, push, kept = carry
             time = sweep.time - 1 - i
             state = self._state(past, time)
             adjoint, now = self._step_back(past, adjoint, state, time)
@@ -159,13 +175,15 @@ class Adjoint:
             return (
                 adjoint,
                 jax.tree.map(pick, now, push),
-                jax.tree.map(pick, position_of(state), position),
+                jax.tree.map(pick, state, kept),
             )
 
-        after = position_of(sweep.after)
         rows = self.problem.num_rows
-        zero = jax.tree.map(lambda w: jnp.zeros((rows, *w.shape), w.dtype), after)
-        adjoint, push, position = jax.lax.fori_loop(0, size, back, (sweep.adjoint, zero, after))
+        zero = jax.tree.map(
+            lambda w: jnp.zeros((rows, *w.shape), w.dtype), position_of(sweep.after)
+        )
+        carry = (sweep.adjoint, zero, sweep.after)
+        adjoint, push, state = jax.lax.fori_loop(0, size, back, carry)
 
         # Past the limit the sweep ends here: what lies further back counts nothing.
         growth = _norm(adjoint, sweep.after) / jnp.maximum(sweep.sources, 1e-30)
@@ -174,11 +192,18 @@ class Adjoint:
 
         # χ += (size / nβ) ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, for all z one pass along c_t.
         reference_key = jax.random.fold_in(key, 1)
-        level, added = self._along(past.posterior, position, push, reference_key)
-        added = jax.tree.map(lambda x: size / nbeta * x, added)
+        level, added = self._along(past, state, push, reference_key)
+        per_step = size.astype(nbeta.dtype) / nbeta
+        added = jax.tree.map(lambda x: per_step * x, added)
         added_size = _size(added)
+        beside = jax.lax.cond(
+            slot >= 0,
+            lambda both: moments.update(both, sweep.values[slot], level),
+            lambda both: both,
+            sweep.beside,
+        )
         if self.direct:  # ⟨D_z⟩/nβ − D_z(w*)/nβ, from the same steps
-            share = about.draws * size / about.length / nbeta
+            share = about.draws.astype(nbeta.dtype) * per_step / about.length.astype(nbeta.dtype)
             added = jax.tree.map(lambda x, d: x + share * d[None], added, level)
         # Blocks behind the first draw are the tail; what lies in front of it falls off the end.
         place = jnp.where(j >= about.tail, j - about.tail, self.tail_blocks)
@@ -190,6 +215,7 @@ class Adjoint:
             growth=jnp.maximum(sweep.growth, growth),
             whole=whole,
             total=jax.tree.map(jnp.add, sweep.total, added),
+            beside=beside,
             tail=sweep.tail.at[place].set(added_size, mode="drop"),
         )
 
@@ -234,7 +260,18 @@ class Adjoint:
             lambda leaves: position_of(floats.rebuild(leaves)), floats.leaves
         )
         direct, push = jax.vmap(pull)(adjoint)
-        bent = hessian_products(lambda w: posterior.loss_gradient(w, part), position, push)
+        sampler = past.sampler
+        bent = hessian_products(
+            lambda w: posterior.loss_gradient(w, part),
+            position,
+            push,
+            product=self.product,
+            scale=1.0
+            if sampler.step_scale is None
+            else sampler.step_scale(state, sampler.settings),
+            width=self.width,
+            key=jax.random.fold_in(noise_key, 2),
+        )
         (through,) = jax.vmap(pull_position)(bent)
         return jax.tree.map(jnp.add, direct, through), push
 
@@ -253,9 +290,10 @@ class Adjoint:
         return jax.tree.map(lambda x: x[:size], minibatch)
 
     def _along(
-        self, posterior: Posterior, position: Position, push: Position, key: Key[Array, ""]
+        self, past: Past, state: PyTree[Array], push: Position, key: Key[Array, ""]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """D_z − D_z(w*) of every probe, and its derivative along c_t of every row."""
+        posterior, position = past.posterior, position_of(state)
 
         def deviations(position: Position) -> dict[str, Array]:
             if self.reference_batch is None:
@@ -264,9 +302,9 @@ class Adjoint:
             fresh = posterior.minibatch(key, self.reference_batch)
             return self.problem.columns(posterior, position, posterior.loss(position, fresh))[1]
 
-        along: Callable[[Position], Any] = lambda v: jax.jvp(deviations, (position,), (v,))  # noqa: E731
-        level, added = jax.vmap(along, out_axes=(None, 0))(push)
-        return level, added
+        sampler = past.sampler
+        scale = 1.0 if sampler.step_scale is None else sampler.step_scale(state, sampler.settings)
+        return derivatives_along(deviations, position, push, scale=scale)
 
 
 def _norm(adjoint: list[Array], state: PyTree[Array]) -> Array:

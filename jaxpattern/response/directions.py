@@ -2,13 +2,14 @@
 
 Rows are components (or observables), columns are samples. Each component's χ carries an unknown
 positive factor, the same for every sample, so a row has a shape but no comparable size: **each row
-is centred and divided by its standard deviation over the samples**, and the directions are those
+is centerd and divided by its standard deviation over the samples**, and the directions are those
 of the correlation matrix of the rows. Papers that write samples × components call the same thing
 standardizing the columns.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class PrincipalDirections:
     """Directions of the standardized response, the one of most variance first.
 
-        a_ij = (χ_ij − centre_i) / scale_i,   c_kj = Σ_i v_ki a_ij,   Σ_j q_j c_kj² = variance_k
+        a_ij = (χ_ij − center_i) / scale_i,   c_kj = Σ_i v_ki a_ij,   Σ_j q_j c_kj² = variance_k
 
     Attributes:
         coordinates: probe set → c of every sample, `[D, *losses.shape]`, in row standard
@@ -37,7 +38,7 @@ class PrincipalDirections:
             positive loading.
         loadings: v, unit vectors `[D, K]` over `rows`. The sign is such that the largest in
             magnitude is positive; of several within a tenth of it, the first.
-        centre: mean of each row of χ over the samples, `[K]`.
+        center: mean of each row of χ over the samples, `[K]`.
         scale: standard deviation of each row of χ over the samples, `[K]`.
         variance: variance of the coordinates, `[D]`; K over all directions together.
         explained: share of the variance, `[D]`.
@@ -61,7 +62,7 @@ class PrincipalDirections:
 
     coordinates: dict[str, Float[Array, "..."]]
     loadings: Float[Array, "*stack directions rows"]
-    centre: Float[Array, "*stack rows"]
+    center: Float[Array, "*stack rows"]
     scale: Float[Array, "*stack rows"]
     variance: Float[Array, "*stack directions"]
     explained: Float[Array, "*stack directions"]
@@ -72,6 +73,12 @@ class PrincipalDirections:
     mass: dict[str, Float[Array, "..."]]
     nbeta: Float[Array, "*stack"]
     rows: tuple[str, ...] = field(metadata={"static": True})
+
+    @property
+    def centre(self) -> Float[Array, "*stack rows"]:
+        """The old name of `center`."""
+        warnings.warn("centre is now center", DeprecationWarning, stacklevel=2)
+        return self.center
 
     def target(self, direction: int, size: float = 1.0) -> dict[str, Float[Array, ""]]:
         """The shift of each row that weights 1 + size · c_k / √variance_k are predicted to make.
@@ -139,9 +146,9 @@ def principal_directions(
     names = tuple(response.rows[i] for i in index)
     _check_counted(names, matrix, flat_mass)
 
-    a, centre, scale = _standardize(matrix, flat_mass)
+    a, center, scale = _standardize(matrix, flat_mass)
     smallest = 10 * jnp.finfo(a.dtype).eps
-    if not holds(lambda s, c: jnp.all(s > smallest * jnp.abs(c)), scale, centre):
+    if not holds(lambda s, c: jnp.all(s > smallest * jnp.abs(c)), scale, center):
         still = [row for row, s in zip(names, np.asarray(scale), strict=True) if not s > 0]
         raise ValueError(f"rows {still or names} of χ do not vary over the samples; leave them out")
     loadings, variance = _leading_directions(a, flat_mass, num)
@@ -156,7 +163,7 @@ def principal_directions(
     return PrincipalDirections(
         coordinates=columns.split(coordinates),
         loadings=loadings,
-        centre=centre,
+        center=center,
         scale=scale,
         variance=variance,
         explained=variance / jnp.sum(scale > 0),
@@ -178,11 +185,11 @@ def _standardize(matrix: Array, mass: Array) -> tuple[Array, Array, Array]:
         return jnp.sum(jnp.where(counted, mass[None, :] * values, 0), axis=1)
 
     # Twice, as the sum of a row far from zero rounds.
-    centre = mean(matrix)
-    centre = centre + mean(matrix - centre[:, None])
-    centred = jnp.where(counted | jnp.isfinite(matrix), matrix - centre[:, None], 0)
-    scale = jnp.sqrt(mean(centred**2))
-    return centred / jnp.where(scale > 0, scale, 1)[:, None], centre, scale
+    center = mean(matrix)
+    center = center + mean(matrix - center[:, None])
+    centerd = jnp.where(counted | jnp.isfinite(matrix), matrix - center[:, None], 0)
+    scale = jnp.sqrt(mean(centerd**2))
+    return centerd / jnp.where(scale > 0, scale, 1)[:, None], center, scale
 
 
 def _leading_directions(a: Array, mass: Array, num: int) -> tuple[Array, Array]:

@@ -142,13 +142,13 @@ def regress_coordinates(
 def _fit(x: np.ndarray, c: np.ndarray, q: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
     """Intercept and coefficients of the features as they come."""
     x, c, q = x.reshape(-1, x.shape[-1]), c.reshape(-1), q.reshape(-1) / q.sum()
-    centre, mean = q @ x, q @ c
-    x = x - centre
+    center, mean = q @ x, q @ c
+    x = x - center
     scale = np.sqrt(q @ x**2)
     x = x / np.where(scale > 0, scale, 1)
     gram = (x * q[:, None]).T @ x + penalty * np.eye(len(scale))
     b = np.linalg.solve(gram, x.T @ (q * (c - mean))) / np.where(scale > 0, scale, 1)
-    return float(mean - centre @ b), b
+    return float(mean - center @ b), b
 
 
 def _check_data(

@@ -77,7 +77,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,7 @@ from jaxtyping import Array, Bool
 
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import Looked, Recorded, Segment, run_chains
+from jaxpattern.chains.pilot import Pilot, fly
 from jaxpattern.chains.record import Nothing
 from jaxpattern.chains.run import Run
 from jaxpattern.posterior import Posterior
@@ -98,15 +99,18 @@ from jaxpattern.response.measure import (
     by_component,
     over_components,
     part_of_chains,
+    slope_beside,
 )
 from jaxpattern.response.problem import Problem, check_reweighted
-from jaxpattern.response.result import Response, group_mean
+from jaxpattern.response.products import Product, in_full_precision
+from jaxpattern.response.result import Response, doubts, group_mean
 from jaxpattern.response.schedule import block_sizes, mean_blocks, segments
 from jaxpattern.response.tangent import Tangent, tangent_cost
 from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.host import Host
 from jaxpattern.types import Position
 from jaxpattern.validation import check_count, check_number, is_concrete, renamed
+from jaxpattern.verdict import UnreliableError
 
 _WINDOW_RELAXATIONS = 6
 _SEGMENT_WINDOWS = 5  # windows that are remembered: one behind the first draw, four of draws
@@ -115,6 +119,15 @@ _FREE_BYTES = 2**24  # of which so many are never saved on
 _SLOTS = 64
 _LEAST_BATCHES = 4
 _HESSIAN_SHARE = 4
+_ROUNDING = 0.1
+_PRODUCTS = {
+    "central": "secants",
+    "one-sided": "one-sided secants",
+    "autodiff": "autodiff's Hessian",
+}
+
+
+Pilots: TypeAlias = dict[tuple[int, ...], Pilot | None]
 
 
 class GrowthWarning(UserWarning):
@@ -143,6 +156,9 @@ class Pathwise:
     mode: Literal["adjoint", "tangent", "auto"] = "adjoint"
     probe_batch: int | None = None
     reweight_observable: bool = False
+    product: Product | Literal["auto"] = "auto"
+    width: float | None = None
+    on_unreliable: Literal["warn", "covariance", "raise"] = "warn"
 
     def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
         """The response matrix."""
@@ -158,34 +174,52 @@ class Pathwise:
             check_reweighted(problem)
             if self.mode != "adjoint":
                 raise ValueError(f"reweight_observable needs mode='adjoint', got {self.mode!r}")
-        tangent = Tangent(self.probe_batch, self.antithetic)
+        pilots = {group.ids: fly(run, group) for group in problem.groups}
+        product = self.product_of(run, pilots)
+        tangent = Tangent(self.probe_batch, self.antithetic, product, self.width or 1.0)
         if self.mode == "tangent":
-            return tangent(run, problem, host)
+            return self._judged(tangent(run, problem, host, pilots), run, problem, host)
         sweep = self.sweep(run, problem)
         cost = self.cost(sweep, problem)
         if self.mode == "auto":
             if tangent_cost(run, problem, self.probe_batch) < cost:
-                return tangent(run, problem, host)
-            return group_mean(self._adjoint(sweep, problem, host, cost))
-        return self._adjoint(sweep, problem, host, cost)
+                return self._judged(tangent(run, problem, host, pilots), run, problem, host)
+            return group_mean(self._adjoint(sweep, problem, host, product, pilots))
+        return self._adjoint(sweep, problem, host, product, pilots)
 
-    def _adjoint(self, sweep: Sweep, problem: Problem, host: Host, cost: float) -> Response:
-        run = sweep.run
+    def product_of(self, run: Run, pilots: Pilots) -> Product:
+        """Secants where the gradients are exact enough for them, autodiff's product elsewhere."""
+        if self.product != "auto":
+            return self.product
+        if run.sampler.step_scale is None:
+            return "autodiff"
+        known = [pilot.rounding for pilot in pilots.values() if pilot is not None]
+        if known:
+            exact = bool(np.max(np.concatenate(known)) < _ROUNDING)
+        else:
+            exact = in_full_precision(run.posterior)
+        return "central" if exact else "autodiff"
+
+    def _adjoint(
+        self, sweep: Sweep, problem: Problem, host: Host, product: Product, pilots: Pilots
+    ) -> Response:
+        run, cost = sweep.run, self.cost(sweep, problem)
 
         def measure(group: ComponentGroup) -> Part:
+            look = self.look(sweep, problem.core.on(host.mesh), product)
             recorded = run_chains(
-                run, Nothing(), host, group, look=self.look(sweep, problem.core.on(host.mesh)),
+                run, Nothing(), host, group, look=look,
                 segments=sweep.schedule, antithetic=self.antithetic,
                 label=f"pathwise χ {group.label}".strip(),
             )  # fmt: skip
-            return self.part(run, problem, group, recorded)
+            return self.part(run, problem, group, recorded, pilots[group.ids])
 
         every = "" if self.every is None else f", every {self.every}"
-        name = f"pathwise (adjoint, window {sweep.window}{every})"
+        name = f"pathwise (adjoint, window {sweep.window}{every}, {_PRODUCTS[product]})"
         response = by_component(run, problem, measure, name=name, cost=cost)
-        return self._where_it_grew(response, run, problem, host)
+        return self._judged(response, run, problem, host)
 
-    def look(self, sweep: Sweep, problem: Problem) -> Adjoint:
+    def look(self, sweep: Sweep, problem: Problem, product: Product = "central") -> Adjoint:
         """What sweeps back over the segments of a chain."""
         batch, plan = sweep.run.batch, sweep.run.plan
         part = self.hessian_batch or -(-batch // _HESSIAN_SHARE)
@@ -199,14 +233,23 @@ class Pathwise:
             direct=self.reweight_observable,
             hessian_batch=part if part < batch else None,
             reference_batch=plan.batch_size if fresh else None,
+            product=product,
+            width=np.asarray(self.width or 1.0, problem.offsets.dtype),
         )
 
-    def part(self, run: Run, problem: Problem, group: ComponentGroup, recorded: Recorded) -> Part:
+    def part(
+        self,
+        run: Run,
+        problem: Problem,
+        group: ComponentGroup,
+        recorded: Recorded,
+        pilot: Pilot | None = None,
+    ) -> Part:
         """χ of a group from chains that were swept back."""
-        estimates = _finish(recorded.looked, recorded.alive, self.antithetic)
+        estimates = _finish(recorded.looked, recorded.alive, problem.mass, self.antithetic)
         return part_of_chains(
             run, problem, group, estimates, recorded.alive, recorded.looked.draws,
-            num_batches=run.plan.batches, antithetic=self.antithetic,
+            num_batches=run.plan.batches, antithetic=self.antithetic, pilot=pilot,
         )  # fmt: skip
 
     def sweep(self, run: Run, problem: Problem) -> Sweep:
@@ -252,29 +295,37 @@ class Pathwise:
         )
         return run.plan.num_chains * problem.num_components * one
 
-    def _where_it_grew(
-        self, response: Response, run: Run, problem: Problem, host: Host
-    ) -> Response:
-        grown = response.diagnostics["truncated"]
-        if not is_concrete(grown) or not np.asarray(grown).any():
+    def _judged(self, response: Response, run: Run, problem: Problem, host: Host) -> Response:
+        """The response after what was asked for where it grew, or cannot be trusted."""
+        if not is_concrete(response.mean):
             return response
-        rows = np.atleast_1d(np.asarray(grown).any(axis=(1, 2)))
-        names = [row for row, bad in zip(problem.rows, rows.tolist(), strict=True) if bad]
-        consequence = (
-            "they are measured by covariance instead"
-            if self.on_growth == "covariance"
-            else "their sweeps are cut there and χ is incomplete; a larger localization, a "
-            "smaller nbeta, or on_growth='covariance' avoids that"
+        grown = np.asarray(response.diagnostics.get("truncated", np.zeros((1, 1, 1))))
+        grown = np.broadcast_to(grown.any(axis=(1, 2)), len(problem.rows))
+        wrong = np.asarray([bool(found) for found in doubts(response)])
+        if grown.any():
+            names = [row for row, bad in zip(problem.rows, grown, strict=True) if bad]
+            consequence = (
+                "they are measured by covariance instead"
+                if self.on_growth == "covariance"
+                else "their sweeps are cut there and χ is incomplete; a larger localization, a "
+                "smaller nbeta, a larger width, or on_growth='covariance' avoids that"
+            )
+            warnings.warn(
+                f"the adjoint grew past {self.growth_limit:g} in rows {names}: {consequence}",
+                GrowthWarning,
+                stacklevel=5,
+            )
+        if self.on_unreliable == "raise" and wrong.any():
+            raise UnreliableError(response.verdict)
+        replaced = (grown & (self.on_growth == "covariance")) | (
+            wrong & (self.on_unreliable == "covariance")
         )
-        warnings.warn(
-            f"the adjoint grew past {self.growth_limit:g} in rows {names}: {consequence}",
-            GrowthWarning,
-            stacklevel=5,
-        )
-        if self.on_growth == "truncate":
+        if not replaced.any():
             return response
         other = Covariance(reweight_observable=self.reweight_observable)(run, problem, host)
-        return _choose(response, other, jnp.asarray(rows))
+        if response.columns.grouped:
+            other = group_mean(other)
+        return _choose(response, other, jnp.asarray(replaced))
 
 
 def pathwise(
@@ -288,6 +339,9 @@ def pathwise(
     mode: Literal["adjoint", "tangent", "auto"] = "adjoint",
     probe_batch: int | None = None,
     reweight_observable: bool = False,
+    product: Product | Literal["auto"] = "auto",
+    width: float | None = None,
+    on_unreliable: Literal["warn", "covariance", "raise"] = "warn",
     direct: bool | None = None,
 ) -> Pathwise:
     """The pathwise estimator of χ: nβ χ_z = E Σ_t ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, c_t the chain's adjoint.
@@ -330,6 +384,15 @@ def pathwise(
             ⟨D_z⟩/nβ − D_z(w*)/nβ with D_z = ℓ_z − L: the response of an LLC in its second
             convention, see `llc`. Rows must be excess losses, so no observables; not in tangent
             mode.
+        product: how Hessian products are computed: `"central"` or `"one-sided"` differences of
+            gradients at the scale of the chain's noise, which see kinks, or `"autodiff"`. By
+            default central where the gradients are exact enough for it (float32 at full matmul
+            precision, which is measured), autodiff's elsewhere; the result says which.
+        width: c, the distance of those gradients from each other in units of 2 √ε. By default 1.
+        on_unreliable: where `Response.verdict` finds that the covariance of the same draws
+            contradicts a row, that the chain is shorter than its memory, or that its chains have
+            not settled: `"warn"`; `"covariance"`, which measures such rows by `covariance()`
+            instead, and warns; or `"raise"`, an `UnreliableError`.
         direct: the old name of `reweight_observable`.
 
     Raises:
@@ -349,19 +412,31 @@ def pathwise(
     check_number("growth_limit", growth_limit, minimum=1.0)
     if mode not in ("adjoint", "tangent", "auto"):
         raise ValueError(f"mode must be 'adjoint', 'tangent' or 'auto', got {mode!r}")
+    if product not in ("auto", "central", "one-sided", "autodiff"):
+        raise ValueError(
+            f"product must be 'auto', 'central', 'one-sided' or 'autodiff', got {product!r}"
+        )
+    if on_unreliable not in ("warn", "covariance", "raise"):
+        raise ValueError(
+            f"on_unreliable must be 'warn', 'covariance' or 'raise', got {on_unreliable!r}"
+        )
+    if width is not None:
+        check_number("width", width, minimum=0.0, exclusive=True)
     if on_growth not in ("truncate", "covariance"):
         raise ValueError(f"on_growth must be 'truncate' or 'covariance', got {on_growth!r}")
-    reweight = renamed("direct", direct, "reweight_observable", reweight_observable)
     return Pathwise(
-        window,
-        every,
-        antithetic,
-        hessian_batch,
-        growth_limit,
-        on_growth,
-        mode,
-        probe_batch,
-        reweight,
+        window=window,
+        every=every,
+        antithetic=antithetic,
+        hessian_batch=hessian_batch,
+        growth_limit=growth_limit,
+        on_growth=on_growth,
+        mode=mode,
+        probe_batch=probe_batch,
+        reweight_observable=renamed("direct", direct, "reweight_observable", reweight_observable),
+        product=product,
+        width=width,
+        on_unreliable=on_unreliable,
     )
 
 
@@ -379,21 +454,29 @@ def _bytes(posterior: Posterior, group: ComponentGroup) -> int:
 
 
 @partial(jax.jit, static_argnames="antithetic")
-def _finish(looked: Looked, alive: Bool[Array, "components chains"], antithetic: bool) -> Estimates:
+def _finish(
+    looked: Looked,
+    alive: Bool[Array, "components chains"],
+    mass: dict[str, Array],
+    antithetic: bool,
+) -> Estimates:
     """χ of every component from the groups of draws of its chains, and the health of its sweeps."""
 
     def one(looked: Looked, alive: Array) -> Estimates:
         sums, health = looked.added, looked.segments
-        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic)
+        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic, mass)
 
         def mean(x: Array) -> Array:
             """Over the segments of the chains that are alive."""
             over_segments = jnp.mean(x, axis=1)
             kept = jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 2)), over_segments, 0.0)
-            return jnp.sum(kept, axis=0) / alive.sum()
+            return jnp.sum(kept, axis=0) / alive.sum().astype(x.dtype)
 
+        slope, slope_error = slope_beside(sums.beside, estimates.chi, alive, antithetic)
         return estimates._replace(
             diagnostics={
+                "slope": slope,
+                "slope_error": slope_error,
                 "tail": mean(health.tail),
                 "remainder": mean(health.remainder),
                 "growth": jnp.moveaxis(health.growth, -1, 0),

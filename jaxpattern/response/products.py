@@ -1,20 +1,161 @@
-"""Hessian products: where a chain's derivative meets second derivatives of the loss."""
+"""Hessian products: where a chain's derivative meets second derivatives of the loss.
+
+**Secants.** Autodiff's Hessian has no delta functions, so on a loss with kinks (ReLU, max-pooling,
+an absolute error) the derivative of a chain misses what the kinks do. But one step of the chain
+smears the loss over the scale √ε of its noise: what counts in expectation is the Hessian of the
+smoothed loss. A difference of gradients at that scale has it,
+
+    H v ≈ ‖v‖ [g(w + h v̂) − g(w − h v̂)] / 2h ,       h = c √ε ,
+
+with ‖·‖ and v̂ in the metric of the noise (a parameter whose noise has the standard deviation σ_i
+counts v_i / σ_i). In expectation over w it is the Hessian smoothed along v̂ over ± h; on smooth
+losses it is H v + O(h²). Its variance goes as kink² / h. One-sided, with a random sign σ,
+σ [g(w + σ h v̂) − g(w)] / h has the same expectation to O(h²), needs one gradient for each further
+v, and is noisier on kinks. No second derivative is left in the program: first derivatives are all
+that a loss must have.
+
+The price is precision: rounding of g is divided by h. Where the loss is computed in less than
+float32 the difference is noise, and autodiff's product is right; `chains.pilot` measures which.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
 
+from jaxpattern.posterior import Posterior
 from jaxpattern.types import Position
+
+Product = Literal["central", "one-sided", "autodiff"]
+_VALUE_WIDTH = 0.25
 
 
 def hessian_products(
-    gradient: Callable[[Position], Position], at: Position, directions: Position
+    gradient: Callable[[Position], Position],
+    at: Position,
+    directions: Position,
+    *,
+    product: Product,
+    scale: Any,
+    width: Any,
+    key: Key[Array, ""],
 ) -> Position:
     """∇²L(w) v of every direction v, `[K, ...]`, from the gradient of the loss.
 
-    One forward-mode derivative for each v, which shares the gradient itself and keeps nothing of a
-    pass for the next: what `jax.linearize` keeps would grow with the samples.
+    Args:
+        gradient: ∇L.
+        at: w.
+        directions: the K vectors v.
+        product: a difference of gradients, or `"autodiff"`: one forward-mode derivative for each v,
+            which keeps nothing of a pass for the next (what `jax.linearize` keeps would grow with
+            the samples).
+        scale: σ, standard deviation of the chain's noise; a number, or one for each parameter.
+        width: c.
+        key: for the signs.
     """
-    return jax.vmap(lambda v: jax.jvp(gradient, (at,), (v,))[1])(directions)
+    if product == "autodiff":
+        return jax.vmap(lambda v: jax.jvp(gradient, (at,), (v,))[1])(directions)
+    moved = _mover(at, scale, width)
+    step_type = jax.tree.leaves(at)[0].dtype
+    if product == "central":
+
+        def central(v: Position) -> Position:
+            # Both ends as one batch: the program holds the gradient once.
+            step, ends = jax.vmap(partial(moved, v))(jnp.asarray([1.0, -1.0], step_type))
+            slopes = jax.vmap(gradient)(ends)
+            return jax.tree.map(lambda g: (g[0] - g[1]) / (2 * step[0]), slopes)
+
+        return jax.vmap(central)(directions)
+    here = gradient(at)
+
+    def one_sided(v: Position, sign: Array) -> Position:
+        step, there = moved(v, sign)
+        return _over(gradient(there), here, sign * step)
+
+    number = jax.tree.leaves(directions)[0].shape[0]
+    signs = jax.random.rademacher(key, (number,), step_type)
+    return jax.vmap(one_sided)(directions, signs)
+
+
+def derivatives_along(
+    function: Callable[[Position], Any], at: Position, directions: Position, *, scale: Any
+) -> tuple[Any, Any]:
+    """f(w), and its derivative along each of K directions, `[K, ...]`.
+
+    Forward mode; where the function cannot enter it (a `custom_vjp` inside) a difference of values
+    over ± a quarter of the noise.
+    """
+    try:
+        return jax.vmap(lambda v: jax.jvp(function, (at,), (v,)), out_axes=(None, 0))(directions)
+    except TypeError as error:
+        if "forward-mode" not in str(error) and "custom_vjp" not in str(error):
+            raise
+    moved = _mover(at, scale, _VALUE_WIDTH)
+
+    def difference(v: Position) -> Any:
+        (step, there), (_, back) = moved(v, 1.0), moved(v, -1.0)
+        return _over(function(there), function(back), 2 * step)
+
+    return function(at), jax.vmap(difference)(directions)
+
+
+def _mover(at: Position, scale: Any, width: Any) -> Callable[[Position, Any], Any]:
+    """v, sign ↦ s and w + sign s v, with s = c / ‖v/σ‖."""
+
+    def moved(v: Position, sign: Any) -> tuple[Array, Position]:
+        squares = jax.tree.map(lambda x: jnp.sum(x**2), divide(v, scale))
+        length = jnp.sqrt(jax.tree.reduce(jnp.add, squares))
+        step = jnp.where(length > 0, width / jnp.where(length > 0, length, 1.0), 1.0)
+        return step, jax.tree.map(lambda w, x: w + (sign * step * x).astype(w.dtype), at, v)
+
+    return moved
+
+
+def divide(v: Position, scale: Any) -> Position:
+    """v / σ, where σ is a number or one for each parameter."""
+    if jax.tree.structure(scale) == jax.tree.structure(v) and not isinstance(v, jax.Array):  # type: ignore[operator]
+        return jax.tree.map(jnp.divide, v, scale)
+    return jax.tree.map(lambda x: x / scale, v)
+
+
+def _over(a: Position, b: Position, by: Any) -> Position:
+    return jax.tree.map(lambda x, y: (x - y) / by, a, b)
+
+
+def in_full_precision(posterior: Posterior) -> bool:
+    """Whether the loss is computed in float32 throughout, by the types in its program.
+
+    What can be said where nothing can be measured. Products of matrices in default precision are
+    float32 on CPUs alone.
+    """
+    batch = jax.tree.map(lambda x: x[:1], posterior.data)
+    program = jax.make_jaxpr(posterior.loss_fn)(posterior.params, batch)
+    matmul = str(getattr(jax.config, "jax_default_matmul_precision", None)) in (
+        "highest",
+        "float32",
+    )
+    return _full(program.jaxpr, matmul or jax.default_backend() == "cpu")
+
+
+def _full(program: Any, matmul: bool) -> bool:
+    for step in program.eqns:
+        types = [getattr(v.aval, "dtype", None) for v in (*step.invars, *step.outvars)]
+        floats = [t for t in types if t is not None and jnp.issubdtype(t, jnp.floating)]
+        if any(jnp.finfo(t).bits < 32 for t in floats):
+            return False
+        exact = matmul or "HIGHEST" in str(step.params.get("precision"))
+        if step.primitive.name in ("dot_general", "conv_general_dilated") and not exact:
+            return False
+        inner = (getattr(p, "jaxpr", p) for p in jax.tree.leaves(step.params, is_leaf=_is_program))
+        if not all(_full(p, matmul) for p in inner if hasattr(p, "eqns")):
+            return False
+    return True
+
+
+def _is_program(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")

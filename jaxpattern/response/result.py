@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jaxpattern import tables
+from jaxpattern import tables, verdict
 from jaxpattern.response.columns import Columns
-from jaxpattern.validation import check_names, check_number
+from jaxpattern.validation import check_names, check_number, is_concrete
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +40,7 @@ class Response:
         nbeta: inverse temperature of the posterior.
         mean: ⟨φ⟩ of each row, `[K]`.
         mean_stderr: its standard error, `[K]`.
-        rhat: rank-normalised split R-hat of each row's observable, `[K]`.
+        rhat: rank-normalized split R-hat of each row's observable, `[K]`.
         ess: effective sample size of each row's observable, over all chains, `[K]`.
         diverged: which chains were lost, `[K, chains]`; they count in no estimate.
         estimator: which estimator, with the settings it chose.
@@ -81,6 +83,32 @@ class Response:
             return columns
         return replace(columns, loss_shapes=tuple(known[name] for name in names))
 
+    def interval(self, level: float = 0.95) -> Interval:
+        """χ̂ ± t · stderr, with Student's t for as many groups of draws as the errors come from.
+
+        Args:
+            level: the share of intervals that are to hold χ.
+        """
+        check_number("level", level, minimum=0.0, exclusive=True)
+        if not level < 1:
+            raise ValueError(f"level must be below 1, got {level:g}")
+        groups = np.asarray(self.diagnostics.get("groups", np.inf), np.float64)
+        factor = scipy.stats.t.ppf((1 + level) / 2, np.maximum(groups - 1, 1))
+
+        def width(x: Array) -> Array:
+            rows = np.broadcast_to(factor, len(self.rows)).reshape(-1, *(1,) * (x.ndim - 1))
+            return x * rows.astype(x.dtype)
+
+        return Interval(
+            low={name: x - width(self.stderr[name]) for name, x in self.chi.items()},
+            high={name: x + width(self.stderr[name]) for name, x in self.chi.items()},
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether the rows can be trusted, in words."""
+        return verdict.say("χ", list(zip(self.rows, doubts(self), strict=True)))
+
     def __str__(self) -> str:
         return tables.text(_page, self)
 
@@ -88,6 +116,55 @@ class Response:
 
     def _repr_html_(self) -> str:
         return tables.html(_page, self)
+
+
+class Interval(NamedTuple):
+    """The ends of an interval around each χ; probe set → array like χ."""
+
+    low: dict[str, Array]
+    high: dict[str, Array]
+
+
+def doubts(response: Response) -> list[list[str]]:
+    """What speaks against each row; nothing is known of a response that is being traced."""
+    if not is_concrete(response.mean) or np.ndim(response.nbeta):
+        return [[] for _ in response.rows]
+    known = {name: np.asarray(x, np.float64) for name, x in response.diagnostics.items()}
+    nan = np.full(len(response.rows), np.nan)
+    of = {name: known.get(name, nan) for name in _LOOKED_AT}
+    rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
+    found = []
+    for k in range(len(response.rows)):
+        here = verdict.unsettled(
+            rhat=float(rhat[k]), ess=float(ess[k]),
+            spread=float(of["spread"][k]), drift=float(of["drift"][k]),
+            size=float(of["drift_size"][k]),
+        )  # fmt: skip
+        if of["remainder"][k] > verdict.REMAINDER:
+            here.append(
+                f"{of['remainder'][k]:.0%} of the adjoint is left at the end of its window, which "
+                "is as long as the chain or as you set it: χ is incomplete. A longer burn-in, a "
+                "larger window or a larger step"
+            )
+        slope, error = of["slope"][k], of["slope_error"][k]
+        if verdict.disagree(slope, error, of["groups"][k]):
+            here.append(
+                f"the covariance of the same draws is {slope:.2g} ± {error:.1g} times χ: the loss "
+                "jumps, the chains hop over barriers, or small mini-batches heat them. Compare "
+                "with covariance(), and with a larger batch_size"
+            )
+        here += verdict.stiff(float(of["stiffness"][k]))
+        here += verdict.coarse(float(of["spacing"][k]))
+        if of["residual"][k] > verdict.REMAINDER:
+            here.append("nβ H + γ is not positive definite, or the solves did not converge")
+        found.append(here)
+    return found
+
+
+_LOOKED_AT = (
+    "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups", "stiffness",
+    "spacing", "residual",
+)  # fmt: skip
 
 
 def group_mean(response: Response, shares: Mapping[str, float] | None = None) -> Response:
@@ -131,7 +208,7 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
         return groups.split(columns.mean(columns.join(values), mass))
 
     def stderr(batches: Array) -> Array:
-        number = jnp.sum(~jnp.isnan(batches), axis=0)
+        number = jnp.sum(~jnp.isnan(batches), axis=0, dtype=batches.dtype)
         return jnp.nanstd(batches, axis=0, ddof=1) / jnp.sqrt(number)
 
     return replace(
@@ -157,11 +234,13 @@ def _page(response: Response) -> tables.Page:
     tables.refuse_unreadable(title, response, response.nbeta)
     effect, error = _effects(response)
     header = ["row", "⟨φ⟩", *columns.names, "R-hat", "ESS"]
+    rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
+    phi, phi_error = np.asarray(response.mean), np.asarray(response.mean_stderr)
     body = []
     for k, row in enumerate(response.rows):
-        mean = tables.measured(float(response.mean[k]), float(response.mean_stderr[k]))
+        mean = tables.measured(float(phi[k]), float(phi_error[k]))
         effects = [tables.measured(*pair) for pair in zip(effect[k], error[k], strict=True)]
-        health = [f"{float(response.rhat[k]):.3f}", f"{float(response.ess[k]):.0f}"]
+        health = [f"{rhat[k]:.3f}", f"{ess[k]:.0f}"]
         body.append([row, mean, *effects, *health])
     notes = [
         "Under a probe set: the change of ⟨φ⟩, in the units of φ, per unit of its weight ρ (1 → 2) "
@@ -171,6 +250,7 @@ def _page(response: Response) -> tables.Page:
     lost = int(jnp.sum(jnp.any(response.diverged, axis=-1)))
     if lost:
         notes.append(f"Chains diverged in {lost} rows; they count in no number.")
+    notes.append(f"Verdict: {response.verdict}.")
     return tables.Page(title, (tables.Grid(header, body),), tuple(notes))
 
 

@@ -46,9 +46,8 @@ class Blocks(NamedTuple):
 
 
 def block_sizes(length: int, every: int | None) -> list[int]:
-    """Sizes of the blocks behind a draw, as far back as `length` steps."""
-    sizes: list[int] = []
-    lag = 0
+    """Sizes of the blocks behind a draw, as far back as `length` steps; the first is one step."""
+    sizes, lag = [1], 1
     while lag < length:
         size = min(every or max(1, lag // _GROWTH), length - lag)
         sizes.append(size)

@@ -13,18 +13,23 @@ the data, which are drawn independently of the step's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxpattern import moments
 from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import run_chains
+from jaxpattern.chains.pilot import Pilot
 from jaxpattern.chains.run import Run
+from jaxpattern.losses import counted_rows
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.measure import (
     Estimates,
@@ -33,9 +38,10 @@ from jaxpattern.response.measure import (
     by_component,
     over_components,
     part_of_chains,
+    slope_beside,
 )
 from jaxpattern.response.problem import Problem
-from jaxpattern.response.products import hessian_products
+from jaxpattern.response.products import Product, hessian_products
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import floats_of, given_step
 from jaxpattern.runtime.host import Host
@@ -50,6 +56,7 @@ class TangentState(NamedTuple):
     position: Position
     state: PyTree[Array]
     tangents: list[Array]
+    levels: Float[Array, "*lead groups"]
 
 
 @jax.tree_util.register_dataclass
@@ -59,11 +66,13 @@ class TangentAlgorithm:
 
     sampler: Sampler
     problem: Problem
+    width: Any
     probe_batch: int | None = field(metadata={"static": True})
+    product: Product = field(metadata={"static": True})
 
     def __call__(self, posterior: Any) -> SamplingAlgorithm:
         algorithm = self.sampler(posterior)
-        groups = [batch for _, batch in sorted(self.problem.probes.items())]
+        groups = [self.problem.probe_minibatch(name) for name in sorted(self.problem.probes)]
 
         def init(position: Position, rng_key: Key[Array, ""]) -> TangentState:
             state = jax.tree.map(jnp.asarray, algorithm.init(position, rng_key))
@@ -71,27 +80,30 @@ class TangentAlgorithm:
                 jnp.zeros((len(groups), *leaf.shape), leaf.dtype)
                 for leaf in floats_of(state).leaves
             ]
-            return TangentState(position_of(state), state, tangents)
+            levels = jnp.zeros(len(groups), self.problem.offsets.dtype)
+            return TangentState(position_of(state), state, tangents, levels)
 
-        def tilt_gradient(key: Key[Array, ""], position: Position) -> Position:
-            """∇(ℓ_g − L) of every group, `[G, ...]`."""
+        def tilts(key: Key[Array, ""], position: Position) -> tuple[Array, Position]:
+            """L_g − L of every group, and its gradient, `[G, ...]`."""
             keys = jax.random.split(posterior.own_key(key), len(groups) + 1)
-            reference = jax.grad(self._reference)(position, posterior, keys[0])
-            gradient = jax.grad(lambda w, batch: jnp.mean(posterior.losses(w, batch)))
+            level, reference = jax.value_and_grad(self._reference)(position, posterior, keys[0])
+            measure = jax.value_and_grad(posterior.loss)
             batches = [self._part(batch, key) for batch, key in zip(groups, keys[1:], strict=True)]
             shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
             if all(shape == shapes[0] for shape in shapes):
                 stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
-                gradients = jax.vmap(partial(gradient, position))(stacked)
+                levels, gradients = jax.vmap(partial(measure, position))(stacked)
             else:
-                each = [gradient(position, batch) for batch in batches]
-                gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-            return jax.tree.map(lambda g, base: g - base[None], gradients, reference)
+                each = [measure(position, batch) for batch in batches]
+                levels, gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+            return levels - level, jax.tree.map(
+                lambda g, base: g - base[None], gradients, reference
+            )
 
         def step(key: Key[Array, ""], state: TangentState, minibatch: Minibatch) -> TangentState:
             # The step keeps the key it would have had: the chain is the plain sampler's.
             tilt_key = jax.random.fold_in(key, 1)
-            position, inner, tangents = state
+            position, inner, tangents, _ = state
             floats = floats_of(inner)
 
             def move(leaves: list[Array], gradient: Position) -> tuple[list[Array], Any]:
@@ -107,31 +119,40 @@ class TangentAlgorithm:
                 return posterior.loss_gradient(w, minibatch)
 
             # H δ_g + ∇(ℓ_g − L) of every group, through one step.
-            bent = hessian_products(gradient_at, position, jax.vmap(tangent_position)(tangents))
-            pushed = jax.tree.map(jnp.add, bent, tilt_gradient(tilt_key, position))
+            sampler = self.sampler
+            bent = hessian_products(
+                gradient_at,
+                position,
+                jax.vmap(tangent_position)(tangents),
+                product=self.product,
+                scale=1.0
+                if sampler.step_scale is None
+                else sampler.step_scale(inner, sampler.settings),
+                width=self.width,
+                key=jax.random.fold_in(key, 2),
+            )
+            levels, tilt = tilts(tilt_key, position)
+            pushed = jax.tree.map(jnp.add, bent, tilt)
             gradient = gradient_at(position)
             _, linear, inner = jax.linearize(move, floats.leaves, gradient, has_aux=True)
-            return TangentState(position_of(inner), inner, jax.vmap(linear)(tangents, pushed))
+            tangents = jax.vmap(linear)(tangents, pushed)
+            return TangentState(position_of(inner), inner, tangents, levels)
 
         return SamplingAlgorithm(init, step)
 
-    def _part(self, batch: Any, key: Key[Array, ""]) -> Any:
-        """`probe_batch` fresh samples of a group."""
+    def _part(self, minibatch: Minibatch, key: Key[Array, ""]) -> Minibatch:
+        """`probe_batch` fresh samples; those that are excluded are never evaluated."""
+        batch, weights = counted_rows(*minibatch), minibatch.weights
         if self.probe_batch is None:
-            return batch
-        size = jax.tree.leaves(batch)[0].shape[0]
-        index = jax.random.randint(key, (self.probe_batch,), 0, size)
-        return jax.tree.map(lambda x: x[index], batch)
+            return Minibatch(batch, weights)
+        index = jax.random.randint(key, (self.probe_batch,), 0, weights.shape[0])
+        return jax.tree.map(lambda x: x[index], Minibatch(batch, weights))
 
     def _reference(
         self, position: Position, posterior: Posterior, key: Key[Array, ""]
     ) -> Float[Array, ""]:
         """L on fresh samples of the reference data."""
-        batch, weights = self.problem.reference
-        if self.probe_batch is not None:
-            index = jax.random.randint(key, (self.probe_batch,), 0, weights.shape[0])
-            batch, weights = jax.tree.map(lambda x: x[index], (batch, weights))
-        return jnp.sum(weights * posterior.losses(position, batch)) / weights.shape[0]
+        return posterior.loss(position, self._part(self.problem.reference, key))
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +166,8 @@ class TangentRecorder:
         """No draws yet."""
         rows, groups = self.problem.num_rows, len(self.problem.probes)
         dtype = self.problem.offsets.dtype
-        return jnp.zeros((rows, groups), dtype), jnp.zeros((), dtype)
+        beside = moments.init(jnp.zeros(rows, dtype), jnp.zeros(groups, dtype))
+        return jnp.zeros((rows, groups), dtype), beside
 
     def value(
         self, posterior: Posterior, state: TangentState, key: Key[Array, ""], batch_size: int | None
@@ -158,12 +180,15 @@ class TangentRecorder:
             return self.problem.phi_at(posterior, position_of(floats.rebuild(leaves)))
 
         values, linear = jax.linearize(phi, floats.leaves)
-        return values, jax.vmap(linear)(state.tangents).T / posterior.nbeta
+        slopes = jax.vmap(linear)(state.tangents).T / posterior.nbeta
+        # The levels of the step before the draw: what the covariance beside is made of.
+        return values, (slopes, values, state.levels)
 
     def update(self, accumulator: PyTree[Array], added: PyTree[Array]) -> PyTree[Array]:
         """One more draw."""
-        total, count = accumulator
-        return total + added, count + 1
+        total, beside = accumulator
+        slopes, values, levels = added
+        return total + slopes, moments.update(beside, values, levels)
 
 
 @dataclass(frozen=True)
@@ -172,12 +197,18 @@ class Tangent:
 
     probe_batch: int | None
     antithetic: bool
+    product: Product
+    width: float
 
-    def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
+    def __call__(
+        self, run: Run, problem: Problem, host: Host, pilots: Mapping[Any, Pilot | None]
+    ) -> Response:
         """The response matrix."""
         # Probes are drawn from at each step, and lie everywhere.
         spread = put(problem.core, host.mesh)
-        algorithm = TangentAlgorithm(run.sampler, spread, self.probe_batch)
+        algorithm = TangentAlgorithm(
+            run.sampler, spread, np.float32(self.width), self.probe_batch, self.product
+        )
         carried = replace(run, sampler=Sampler(algorithm, name=f"tangents of {run.sampler.name}"))
         names = tuple(sorted(problem.probes))
 
@@ -190,6 +221,7 @@ class Tangent:
             return part_of_chains(
                 run, problem, group, estimates, recorded.alive, recorded.kept,
                 num_batches=run.plan.batches, antithetic=self.antithetic,
+                pilot=pilots[group.ids],
             )  # fmt: skip
 
         cost = tangent_cost(run, problem, self.probe_batch)
@@ -203,9 +235,15 @@ def _finish(
     added: Any, alive: Bool[Array, "components chains"], names: tuple[str, ...], antithetic: bool
 ) -> Estimates:
     def one(added: Any, alive: Array) -> Estimates:
-        total, count = added
+        total, beside = added
         sums = {name: total[..., g] for g, name in enumerate(names)}
-        return batch_estimates(sums, count, alive, antithetic)
+        estimates = batch_estimates(sums, beside.weight, alive, antithetic)
+        by_name = {name: beside.mean_b[..., g] for g, name in enumerate(names)}
+        joint = {name: beside.comoment[..., g] for g, name in enumerate(names)}
+        slope, error = slope_beside(
+            beside._replace(mean_b=by_name, comoment=joint), estimates.chi, alive, antithetic
+        )
+        return estimates._replace(diagnostics={"slope": slope, "slope_error": error})
 
     return over_components(one, added, alive)
 

@@ -1,0 +1,162 @@
+"""A look at the posterior before a run: how stiff it is for the step, how exact its gradients.
+
+In the coordinates of the sampler's noise, u_i = w_i / σ_i, one step of a Langevin chain multiplies
+a direction by 1 − Λ/2 with Λ = σ (nβ H + γ) σ: ε P for SGLD. It samples with the variance
+1/(1 − Λ/4) of the right one, and leaves for infinity at Λ > 4. The largest Λ is found by power
+iterations on differences of gradients, so that kinks count and no second derivative is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key
+
+from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.run import Run
+from jaxpattern.posterior import Posterior
+from jaxpattern.restriction import Restriction
+from jaxpattern.types import Position
+from jaxpattern.validation import is_traced
+
+_ITERATIONS = 12
+_SAMPLES = 256
+_FRACTION = 1 / 64  # of the distance at which rounding is looked for
+
+
+class Pilot(NamedTuple):
+    """What is known of each component before the run, `[component]`.
+
+    Attributes:
+        stiffness: the largest Λ.
+        rounding: error of a difference of gradients over a step of the noise, relative to it (or to
+            what the localization adds to it).
+        gradient: root mean square of the loss gradient.
+        spacing: how far apart parameters narrower than float32 lie (half of it, root mean square),
+            over the widest that the posterior can be, 1/√γ.
+    """
+
+    stiffness: Float[np.ndarray, " components"]
+    rounding: Float[np.ndarray, " components"]
+    gradient: Float[np.ndarray, " components"]
+    spacing: Float[np.ndarray, " components"]
+
+
+class _Seen(NamedTuple):
+    """Power iteration: the last product of length 1, g at the start, u · σHσu, and two lengths."""
+
+    u: Position
+    here: Position
+    value: Array
+    part: Array
+    whole: Array
+
+
+def fly(run: Run, group: ComponentGroup) -> Pilot | None:
+    """What a run would meet; None where nothing can be said: inside a transformation, or of a
+    sampler that does not state the size of its steps.
+    """
+    if run.sampler.step_scale is None or is_traced(run, group):
+        return None
+    found = _fly(run.key, run.posterior, run.sampler, group.restrictions, run.plan.batch_size)
+    return Pilot(*(np.atleast_1d(np.asarray(x, np.float64)) for x in found))
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def _fly(
+    key: Key[Array, ""],
+    posterior: Posterior,
+    sampler: Any,
+    restrictions: Restriction | None,
+    batch_size: int | None,
+) -> tuple[Array, ...]:
+    if restrictions is None:
+        return _fly_one(key, posterior, sampler, batch_size)
+
+    def one(restriction: Restriction) -> tuple[Array, ...]:
+        return _fly_one(key, replace(posterior, restriction=restriction), sampler, batch_size)
+
+    return jax.lax.map(one, restrictions)
+
+
+def _fly_one(
+    key: Key[Array, ""], posterior: Posterior, sampler: Any, batch_size: int | None
+) -> tuple[Array, ...]:
+    keys = jax.random.split(key, 4)
+    size = batch_size and min(posterior.num_samples, max(batch_size, _SAMPLES))
+    minibatch = posterior.minibatch(keys[0], size)
+    center = posterior.centre
+    scale = sampler.step_scale(sampler(posterior).init(center, keys[1]), sampler.settings)
+    sigma = _like(scale, center)
+    gradient = partial(posterior.loss_gradient, minibatch=minibatch)
+
+    def along(u: Position, size: Any = 1.0) -> Position:
+        """w + σ u."""
+        return jax.tree.map(lambda w, s, x: w + size * s * x, start, sigma, u)
+
+    # Off w* by a step of the noise: w* itself may be a special point.
+    start = center
+    start = along(optax.tree.random_like(keys[2], center, jax.random.normal))
+    first = optax.tree.random_like(keys[3], center, jax.random.normal)
+    first = optax.tree.scale(1 / optax.tree.norm(first), first)
+
+    def look(i: Array, seen: _Seen) -> _Seen:
+        """One gradient: at the start, along the first u twice, then along the last product."""
+        size = jnp.where(i == 0, 0.0, jnp.where(i == 1, _FRACTION, 1.0))
+        u = jax.tree.map(partial(jnp.where, i <= 2), first, seen.u)
+        there = gradient(along(u, size))
+        here = jax.tree.map(partial(jnp.where, i == 0), there, seen.here)
+        # σ [g(w + σ u) − g(w)]: σ H σ u.
+        product = jax.tree.map(lambda s, x, y: s * (x - y), sigma, there, here)
+        length = optax.tree.norm(product)
+        return _Seen(
+            u=optax.tree.scale(1 / jnp.maximum(length, 1e-30), product),
+            here=here,
+            value=optax.tree.vdot(u, product),
+            part=jnp.where(i == 1, length, seen.part),
+            whole=jnp.where(i == 2, length, seen.whole),
+        )
+
+    zero = jnp.zeros((), posterior.weights.dtype)
+    seen = _Seen(first, jax.tree.map(jnp.zeros_like, center), zero, zero, zero)
+    seen = jax.lax.fori_loop(0, 3 + _ITERATIONS, look, seen)
+    here = seen.here
+    moved = jax.tree.map(jnp.multiply, sigma, seen.u)
+    tether = posterior.localization * optax.tree.vdot(moved, moved)
+    stiffness = posterior.nbeta * seen.value + tether
+
+    # Of a difference over a 64th of the way a 64th is there; what is more is rounding.
+    noise = jnp.maximum(seen.part - seen.whole * 1.5 * _FRACTION, 0.0)
+    pulled = jax.tree.map(lambda s, x: s**2 * x, sigma, first)
+    least = posterior.localization / posterior.nbeta * optax.tree.norm(pulled)
+    rounding = noise / jnp.maximum(jnp.maximum(seen.whole, least), 1e-30)
+    squares = jax.tree.map(lambda g: jnp.mean(g**2), here)
+    mean = sum(jax.tree.leaves(squares)) / len(jax.tree.leaves(squares))
+    spacing = _spacing(posterior) * jnp.sqrt(posterior.localization)
+    return stiffness, rounding, jnp.sqrt(mean), spacing
+
+
+def _spacing(posterior: Posterior) -> Array:
+    """Half the distance between neighbors of the moved parameters, root mean square."""
+    narrow = [
+        (jnp.finfo(leaf.dtype).eps / 2 * leaf.astype(jnp.float32)) ** 2
+        if jnp.finfo(leaf.dtype).bits < 32
+        else jnp.zeros_like(leaf, jnp.float32)
+        for leaf in jax.tree.leaves(posterior.select(posterior.params))
+    ]
+    total = sum(leaf.size for leaf in narrow)
+    return jnp.sqrt(sum(jnp.sum(leaf) for leaf in narrow) / total)
+
+
+def _like(scale: Any, position: Position) -> Position:
+    """σ of every parameter."""
+    same = jax.tree.structure(scale) == jax.tree.structure(position)  # type: ignore[operator]
+    if same and jax.tree.leaves(scale) and jnp.ndim(jax.tree.leaves(scale)[0]):
+        return scale
+    return jax.tree.map(lambda w: jnp.full_like(w, scale), position)
