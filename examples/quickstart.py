@@ -292,7 +292,7 @@ def token_weights(mixture: dict[str, float], train: dict[str, np.ndarray]) -> np
 
 def make_observable(loss_fn, held_out: dict[str, Any]):
     """The held-out loss on every source, `[K]`: one pass of the model, and not one per source."""
-    windows = np.concatenate(list(held_out.values()))
+    windows = jax.device_put(np.concatenate(list(held_out.values())))
     source = np.repeat(np.arange(len(held_out)), [len(part) for part in held_out.values()])
     share = (source == np.arange(len(held_out))[:, None]).astype(np.float32)
     share /= share.sum(axis=1, keepdims=True)

@@ -158,7 +158,7 @@ def train(
     )  # fmt: skip
     data = jax.tree.map(jnp.asarray, data)
     weighted = Minibatch(data, _check_run(run, seeds, params, data, weights, given))
-    metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})
+    metrics = as_pytree_function(_no_metrics if metrics is None else metrics)
     one = params if seeds is None else jax.tree.map(lambda x: x[0], params)
     with host_for(
         "train", checkpoint=checkpoint, mesh=mesh, progress=progress,
@@ -190,6 +190,11 @@ def train(
         warnings.warn(_cause(run, state, seeds, one, weighted), stacklevel=2)
     history = History(state.loss, state.step, state.metrics, state.skipped, state.optimizer)
     return state.params, history
+
+
+def _no_metrics(params: Params) -> PyTree[Array]:
+    """One function for all calls, so that a second run compiles nothing again."""
+    return {}
 
 
 def _mean_loss(state: _State, a: int, b: int) -> str:
