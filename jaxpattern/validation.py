@@ -200,7 +200,7 @@ def check_params(name: str, params: Any) -> None:
             )
     known = [(path, leaf) for path, leaf in leaves if is_concrete(leaf)]
     with jax.ensure_compile_time_eval():
-        finite: Any = np.asarray(_all_finite([leaf for _, leaf in known])) if known else []
+        finite = np.asarray(_all_finite([leaf for _, leaf in known])) if known else np.ones(0)
     for (path, _), fine in zip(known, finite, strict=True):
         if not fine:
             raise ValueError(f"{_where(name, path)} holds values that are not finite")
