@@ -365,7 +365,10 @@ def _root(v: Array) -> Array:
 
 
 def sgnht(
-    *, step_size: float | Float[Array, ""], friction: float | Float[Array, ""] = 1.0
+    *,
+    step_size: float | Float[Array, ""],
+    friction: float | Float[Array, ""] = 1.0,
+    noise: Noise = "flat",
 ) -> Sampler:
     """Stochastic gradient Nosé-Hoover thermostat: momentum with a friction that adapts.
 
@@ -378,6 +381,7 @@ def sgnht(
     Args:
         step_size: ε > 0, in squared units of the parameters.
         friction: α > 0, per unit of the time h.
+        noise: as in `sgld`.
 
     Returns:
         A sampler.
@@ -388,7 +392,7 @@ def sgnht(
     check_number("step_size", step_size, minimum=0.0, exclusive=True)
     check_number("friction", friction, minimum=0.0, exclusive=True)
     return Sampler(
-        Partial(_sgnht, step_size=step_size, friction=friction),
+        Partial(_noise_of(noise, _sgnht, _sgnht_by_leaf), step_size=step_size, friction=friction),
         gradients_per_step=1,
         relaxation_steps=_underdamped,
         step_scale=_momentum_scale,
@@ -420,6 +424,32 @@ def _sgnht(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgor
     def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
         h = jnp.sqrt(step_size / 2)
         return _cast_like(kernel(key, state, posterior.grad_estimator, minibatch, h), state)
+
+    return SamplingAlgorithm(init, step)
+
+
+def _sgnht_by_leaf(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
+    """The same steps with η and the first momentum drawn leaf by leaf."""
+    blackjax = import_blackjax()
+
+    def init(position: Position, rng_key: Key[Array, ""]) -> Any:
+        momentum = noise_by_leaf(rng_key, position)
+        return blackjax.sgmcmc.sgnht.SGNHTState(position, momentum, jnp.asarray(friction, float))
+
+    def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
+        h = jnp.sqrt(step_size / 2)
+        keep, scale = 1 - state.xi * h, jnp.sqrt(2 * friction * h)
+        force = posterior.grad_estimator(state.position, minibatch)
+        position = jax.tree.map(lambda w, p: w + h * p, state.position, state.momentum)
+        momentum = jax.tree.map(
+            lambda p, g, eta: keep * p + h * g + scale * eta,
+            state.momentum,
+            force,
+            noise_by_leaf(key, state.momentum),
+        )
+        squares = sum(jnp.sum(p**2) for p in jax.tree.leaves(momentum))
+        dimension = sum(p.size for p in jax.tree.leaves(momentum))
+        return type(state)(position, momentum, state.xi + h * (squares / dimension - 1))
 
     return SamplingAlgorithm(init, step)
 
