@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float
 
 from jaxpattern.types import Batch, Losses, LossFn, Params
@@ -175,7 +176,7 @@ def _precision(loss_fn: LossFn, params: Params, batch: Batch) -> float:
             product = equation.primitive.name in ("dot_general", "conv_general_dilated")
             if product and jax.default_backend() != "cpu":  # by default of bfloat16 or TF32
                 kinds.add(jnp.dtype(jnp.bfloat16))
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 look(inner)
 
     look(jax.make_jaxpr(loss_fn)(params, batch).jaxpr)

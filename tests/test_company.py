@@ -115,12 +115,11 @@ def test_what_is_excluded_may_differ():
 
 
 def test_a_loss_that_wants_a_key_is_told_what_to_do():
-    with pytest.raises(TypeError, match=r"got perceptron_with_key\(.*deterministic mode"):
+    def with_key(params, batch, key):
+        return perceptron(params, batch)
 
-        def perceptron_with_key(params, batch, key):
-            return perceptron(params, batch)
-
-        make(perceptron_with_key)
+    with pytest.raises(TypeError, match=r"got with_key\(params, batch, key\).*deterministic mode"):
+        make(with_key)
 
 
 def test_the_door_compiles_one_program():
@@ -162,5 +161,5 @@ class TestParams:
         make(loss_fn, {"embed": table, "unembed": module.copy(table)})
 
     def test_narrow_floats_are_named(self):
-        with pytest.raises(TypeError, match="params/in must have at least 16 bits.*float8_e4m3fn"):
+        with pytest.raises(TypeError, match=r"params/in must have at least 16 bits.*float8_e4m3fn"):
             make(perceptron, PARAMS | {"in": PARAMS["in"].astype(jnp.float8_e4m3fn)})

@@ -138,7 +138,7 @@ class Adjoint:
 
     def _block(self, past: Past, j: Array, sweep: Backward) -> Backward:
         """A draw's ∂φ/∂s if there is one here, the steps of a block back, and the probes once."""
-        about, nbeta = past.about, past.posterior.nbeta
+        about, nbeta = past.about, jnp.asarray(past.posterior.nbeta, self._dtype)
         size, slot = about.size[j], about.source[j]
         sweep = jax.lax.cond(
             slot >= 0, partial(self._add_source, past, slot), lambda sweep: sweep, sweep

@@ -230,9 +230,9 @@ def _of_sum(shares: list[Array], spec: Any) -> Array:
     """Weights of sum B in proportion to the sum of the shares."""
     (size, *_), dtype = spec
     if not all(map(is_concrete, shares)):
-        total = sum(shares)
-        return total * (size / jnp.sum(total))
-    total = sum(np.asarray(share, np.float64) for share in shares)
+        traced = jax.tree.reduce(jnp.add, shares)
+        return traced * (size / jnp.sum(traced))
+    total = np.sum([np.asarray(share, np.float64) for share in shares], axis=0)
     return jax.device_put((total * (size / total.sum())).astype(dtype))
 
 
@@ -240,7 +240,7 @@ def _without_excluded(batch: Batch, mass: Array) -> Batch:
     """A sample that counts in place of each of mass 0; by NumPy where it can."""
     if not all(map(is_concrete, (mass, *jax.tree.leaves(batch)))):
         return counted_rows(jax.tree.map(jnp.asarray, batch), mass)
-    used = np.asarray(mass).reshape(len(mass), -1).any(axis=1)
+    used = np.atleast_1d(np.asarray(mass).reshape(len(mass), -1).any(axis=1))
     if used.all():
         return batch
     rows = np.where(used, np.arange(len(used)), np.argmax(used))
