@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float
 
 from jaxpattern.types import Batch, Losses, LossFn, Params
@@ -178,7 +179,7 @@ def precision_of(loss_fn: LossFn, params: Params, batch: Batch) -> float:
             exact = full or "HIGHEST" in str(equation.params.get("precision"))
             if product and not exact:  # by default of bfloat16 or TF32
                 kinds.add(jnp.dtype(jnp.bfloat16))
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 look(inner)
 
     look(jax.make_jaxpr(loss_fn)(params, batch).jaxpr)

@@ -151,7 +151,7 @@ class Posterior:
         In place of a sample that is excluded (all of its weights are 0) stands one that counts,
         with weights 0: what is excluded is never evaluated.
         """
-        if size is None:
+        if size is None or key is None:
             return Minibatch(counted_rows(self.data, self.weights), self.weights)
         assert key is not None
         index = jax.random.randint(self.own_key(key), (size,), 0, self.num_samples)

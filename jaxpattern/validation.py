@@ -231,7 +231,7 @@ def _check_array(where: str, leaf: Any, wanted: str) -> None:
     """An array of JAX or NumPy that can be computed with."""
     if not isinstance(leaf, jax.Array | np.ndarray):
         kind = f"{type(leaf).__module__}.{type(leaf).__name__}"
-        told = f"{leaf!r:.60}" if isinstance(leaf, str | bool | int | float | complex) else kind
+        told = f"{leaf!r:.60}" if wanted != "an array" and np.isscalar(leaf) else kind
         raise TypeError(f"{where} must be {wanted}, got {told.removeprefix('builtins.')}")
     if isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(

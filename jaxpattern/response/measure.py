@@ -269,13 +269,17 @@ def batch_estimates(
 
 
 def slope_beside(
-    beside: Moments, chi: dict[str, Array], alive: Bool[Array, " chains"], antithetic: bool
+    beside: Moments,
+    chi: dict[str, Array],
+    stderr: dict[str, Array],
+    alive: Bool[Array, " chains"],
+    antithetic: bool,
 ) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     """The covariance of the same draws along a pathwise χ̂, Σ_j χ̂_j Ĉ_j / Σ_j χ̂_j², with its error.
 
     1 where both are right. By groups of draws as `covariance`, from
     x_g = −[C_g/n_g + (a_g − ā)(b_g − b̄)] of φ and of the one number Σ_j χ̂_j D_j; pairs of twins
-    count once.
+    count once. Σ_j χ̂_j² holds the noise of χ̂, which is taken off; NaN where it is most of it.
     """
 
     def along(values: dict[str, Array], lead: int) -> Array:
@@ -300,7 +304,14 @@ def slope_beside(
     total = jnp.sum(x, (0, 1))
     number = jnp.sum(share > 0)
     squares = jnp.sum((x - share[..., None] * total[None, None]) ** 2, (0, 1))
-    size = sum(jnp.sum(c.reshape(c.shape[0], -1) ** 2, 1) for c in chi.values())
+
+    def square(x: dict[str, Array]) -> Array:
+        return jnp.sum(
+            jnp.stack([jnp.sum(c.reshape(c.shape[0], -1) ** 2, 1) for c in x.values()]), 0
+        )
+
+    size = square(chi) - square(stderr)
+    size = jnp.where(size > square(chi) / 2, size, 0.0)
     bessel = jnp.sum(count) / jnp.maximum(jnp.sum(count) - 1, 1)
     scale = bessel / jnp.where(size > 0, size, jnp.nan)
     return scale * total, scale * jnp.sqrt(squares * number / jnp.maximum(number - 1, 1))

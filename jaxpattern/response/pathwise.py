@@ -479,7 +479,9 @@ def _finish(
             kept = jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 2)), over_segments, 0.0)
             return jnp.sum(kept, axis=0) / alive.sum().astype(x.dtype)
 
-        slope, slope_error = slope_beside(sums.beside, estimates.chi, alive, antithetic)
+        slope, slope_error = slope_beside(
+            sums.beside, estimates.chi, estimates.stderr, alive, antithetic
+        )
         return estimates._replace(
             diagnostics={
                 "slope": slope,

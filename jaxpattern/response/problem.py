@@ -230,10 +230,10 @@ def _of_sum(shares: list[Array], spec: Any) -> Array:
     """Weights of sum B in proportion to the sum of the shares."""
     (size, *_), dtype = spec
     if not all(map(is_concrete, shares)):
-        total = sum(shares)
-        return total * (size / jnp.sum(total))
-    numbers = np.sum([np.asarray(share, np.float64) for share in shares], axis=0)
-    return jax.device_put((numbers * (size / numbers.sum())).astype(dtype))
+        traced = jax.tree.reduce(jnp.add, shares)
+        return traced * (size / jnp.sum(traced))
+    total = np.sum([np.asarray(share, np.float64) for share in shares], axis=0)
+    return jax.device_put((total * (size / total.sum())).astype(dtype))
 
 
 def _without_excluded(batch: Batch, mass: Array) -> Batch:

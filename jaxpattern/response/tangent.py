@@ -241,7 +241,11 @@ def _finish(
         by_name = {name: beside.mean_b[..., g] for g, name in enumerate(names)}
         joint = {name: beside.comoment[..., g] for g, name in enumerate(names)}
         slope, error = slope_beside(
-            beside._replace(mean_b=by_name, comoment=joint), estimates.chi, alive, antithetic
+            beside._replace(mean_b=by_name, comoment=joint),
+            estimates.chi,
+            estimates.stderr,
+            alive,
+            antithetic,
         )
         return estimates._replace(diagnostics={"slope": slope, "slope_error": error})
 
