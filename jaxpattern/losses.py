@@ -182,7 +182,9 @@ def precision_of(loss_fn: LossFn, params: Params, batch: Batch) -> float:
             for inner in jaxprs_in_params(equation.params):
                 look(inner)
 
-    look(jax.make_jaxpr(loss_fn)(params, batch).jaxpr)
+    program = jax.make_jaxpr(loss_fn)(params, batch).jaxpr
+    kinds.update(v.aval.dtype for v in program.invars if hasattr(v.aval, "dtype"))
+    look(program)
     floats = [jnp.finfo(kind).eps for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
     return float(max(floats, default=jnp.finfo(jnp.float32).eps))
 

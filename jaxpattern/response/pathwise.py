@@ -194,15 +194,15 @@ class Pathwise:
             return self.product
         if run.sampler.step_scale is None:
             return "autodiff"
-        known = [pilot.rounding for pilot in pilots.values() if pilot is not None]
-        if known:
-            exact = bool(np.max(np.concatenate(known)) < _ROUNDING)
-        else:
-            # Nothing can be measured in a trace; the types in the program say something.
-            posterior = run.posterior
-            one = jax.tree.map(lambda x: x[:1], posterior.data)
-            finest = precision_of(posterior.loss_fn, posterior.params, one)
-            exact = finest <= float(jnp.finfo(jnp.float32).eps)
+        # The types in the program say what it is computed in, also inside a trace; a measurement
+        # finds what they do not show.
+        posterior = run.posterior
+        one = jax.tree.map(lambda x: x[:1], posterior.data)
+        finest = precision_of(posterior.loss_fn, posterior.params, one)
+        measured = [pilot.rounding for pilot in pilots.values() if pilot is not None]
+        exact = finest <= float(jnp.finfo(jnp.float32).eps)
+        if measured:
+            exact = exact and bool(np.max(np.concatenate(measured)) < _ROUNDING)
         return "central" if exact else "autodiff"
 
     def _adjoint(
