@@ -26,7 +26,7 @@ def read_tokens(folder, vocab_size, num, length):
 
 def main(folder, out=None, num=16, length=16, num_draws=10):
     # --8<-- [start:load]
-    model = jp.lm.load(folder)  # config.json + safetensors; model.params, model.loss_fn, model.logits
+    model = jp.lm.load(folder)  # model.params, model.loss_fn, model.logits
     print(model)
     tokens = read_tokens(folder, model.spec.vocab_size, num, length)
     # --8<-- [end:load]

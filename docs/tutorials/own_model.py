@@ -50,6 +50,8 @@ def nnx_model():
         return cross_entropy(nnx.merge(quiet, params, rest)(batch["x"]), batch)
 
     return loss_fn, nnx.to_pure_dict(params), train_loss
+
+
 # --8<-- [end:nnx]
 
 
@@ -91,6 +93,8 @@ def linen_model(data):
         return cross_entropy(logits, batch)
 
     return loss_fn, params
+
+
 # --8<-- [end:linen]
 
 
@@ -106,6 +110,8 @@ def equinox_model():
         return cross_entropy(jax.vmap(eqx.combine(params, static))(batch["x"]), batch)
 
     return loss_fn, params
+
+
 # --8<-- [end:equinox]
 
 
@@ -123,6 +129,8 @@ def haiku_model(data):
         return cross_entropy(net.apply(params, batch["x"]), batch)
 
     return loss_fn, net.init(jax.random.key(0), data["x"])
+
+
 # --8<-- [end:haiku]
 
 
@@ -130,12 +138,15 @@ def haiku_model(data):
 def measure(loss_fn, params, data, num_draws=20):
     """The same for all: how the loss on each class answers to the samples of each class."""
     posterior = jp.localized_posterior(loss_fn, params, data, nbeta=300.0, localization=100.0)
-    classes = {name: jax.tree.map(lambda x, i=i: x[i::2], data) for i, name in enumerate(("up", "down"))}
+    up, down = (jax.tree.map(lambda x, i=i: x[i::2], data) for i in range(2))
+    classes = {"up": up, "down": down}
     plan = jp.Plan(num_chains=4, num_burnin=160, num_draws=num_draws, thin=4)
     return jp.susceptibilities(
         jax.random.key(2), posterior, jp.sgld(step_size=1e-3), plan,
         observables=jp.mean_losses(loss_fn, classes), probes=classes, progress=False,
     )  # fmt: skip
+
+
 # --8<-- [end:measure]
 
 
