@@ -14,8 +14,8 @@ import jaxpattern as jp
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-RUN = re.compile(r"^```python run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PYTHON = re.compile(r"^```python(?: run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = re.compile(r"^<!-- run -->\n" + PYTHON.pattern, re.MULTILINE | re.DOTALL)
 
 
 def program(name):
@@ -112,7 +112,8 @@ def test_every_name_on_the_pages_exists():
 
 def test_every_included_section_exists():
     for page in PAGES:
-        for file, section in re.findall(r'--8<-- "(.+?):(\w+)"', page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        for file, section in re.findall(r"^--8<--\n(.+):(\w+)\n--8<--$", text, re.MULTILINE):
             source = (DOCS.parent / file).read_text(encoding="utf-8")
             assert f"[start:{section}]" in source, f"{page.name}: {file}:{section}"
             assert f"[end:{section}]" in source
