@@ -49,6 +49,7 @@ from jaxpattern.validation import (
     holds,
     is_concrete,
     num_required,
+    own_streams,
 )
 
 _RECORDS = 20
@@ -100,7 +101,7 @@ def train(
     *,
     num_steps: int,
     batch_size: int,
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
     weighting: Literal["loss", "sampling"] = "loss",
     metrics: Callable[[Params], PyTree[Array]] | None = None,
     record_every: int | None = None,
@@ -148,6 +149,7 @@ def train(
         TypeError, ValueError: an argument does not fit.
     """
     seeds = _check_train_key(key)
+    key = own_streams(key)
     mesh = resolve_mesh(mesh)
     params, data, weights, given = take((params, data, weights, optimizer_state))
     run = _Run(
@@ -156,7 +158,7 @@ def train(
     )  # fmt: skip
     data = jax.tree.map(jnp.asarray, data)
     weighted = Minibatch(data, _check_run(run, seeds, params, data, weights, given))
-    metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})
+    metrics = as_pytree_function(_no_metrics if metrics is None else metrics)
     one = params if seeds is None else jax.tree.map(lambda x: x[0], params)
     with host_for(
         "train", checkpoint=checkpoint, mesh=mesh, progress=progress,
@@ -190,6 +192,11 @@ def train(
     return state.params, history
 
 
+def _no_metrics(params: Params) -> PyTree[Array]:
+    """One function for all calls, so that a second run compiles nothing again."""
+    return {}
+
+
 def _mean_loss(state: _State, a: int, b: int) -> str:
     """What the progress line says beside the time."""
     if not state.loss.is_fully_addressable:
@@ -203,6 +210,7 @@ def _check_run(
     """What `train` takes, checked before any step; returns ρ, scaled to sum N."""
     check_params("params", params)
     num_samples = batch_length("data", data)
+    _check_optimizer(run.optimizer, params)
     check_count("num_steps", run.num_steps, minimum=1)
     check_count("batch_size", run.batch_size, minimum=1)
     if run.batch_size > num_samples:
@@ -241,6 +249,25 @@ def _check_run(
     if run.weighting == "sampling" and not holds(lambda x: x.min() >= 0, rho):
         raise ValueError("weights must not be negative with weighting='sampling'")
     return rho
+
+
+def _check_optimizer(optimizer: Any, params: Params) -> None:
+    """Something with init(params) and update(gradients, state, params)."""
+    wanted = "an optax.GradientTransformation, such as optax.adamw(1e-3)"
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        told = f"{optimizer!r:.40}" if isinstance(optimizer, int | float) else type(optimizer)
+        raise TypeError(f"optimizer must be {wanted}, got {told}")
+
+    def step(params: Params) -> Any:
+        return optimizer.update(params, optimizer.init(params), params)
+
+    try:
+        jax.eval_shape(step, params)
+    except TypeError as error:
+        raise TypeError(
+            f"optimizer must be {wanted}, whose update needs (gradients, state, params) and no "
+            f"more: {error}"
+        ) from error
 
 
 def _cause(run: _Run, state: _State, seeds: int | None, start: Params, weighted: Minibatch) -> str:
@@ -406,7 +433,7 @@ def _steps(
             loss=state.loss.at[t].set(loss.astype(state.loss.dtype)),
             step=steps,
             metrics=records,
-            skipped=state.skipped + ~finite,
+            skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 
     return jax.lax.fori_loop(start, stop, step, state)

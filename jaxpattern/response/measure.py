@@ -19,6 +19,7 @@ from jaxpattern.diagnostics import Summary, numbers_of, on_device, summarize
 from jaxpattern.moments import Moments
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response
+from jaxpattern.response.shares import column_mean
 from jaxpattern.validation import is_concrete
 from jaxpattern.verdict import trend
 
@@ -64,19 +65,15 @@ def by_component(
     ids = np.concatenate([group.ids for group in problem.groups])
     order = (np.argsort(ids)[:, None] * problem.num_rows + np.arange(problem.num_rows)).reshape(-1)
     part = parts[0] if len(parts) == 1 else _join(parts, order)
-    columns = sum(losses.size for losses in problem.probe_baseline.values())
-
-    def mass(losses: Array) -> Array:
-        shape, each = ((), losses.size / columns) if grouped else (losses.shape, 1 / columns)
-        return jax.device_put(np.full(shape, each, losses.dtype))
-
+    mass = {n: _group_mass(q) for n, q in problem.mass.items()} if grouped else problem.mass
     estimates, summary = part.estimates, part.summary
     return Response(
         chi=estimates.chi,
         stderr=estimates.stderr,
         halves=estimates.halves,
         batches=estimates.batches,
-        mass={name: mass(losses) for name, losses in problem.probe_baseline.items()},
+        mass=mass,
+        base=problem.mass if grouped else {},
         nbeta=_number(run.posterior.nbeta, run.posterior.weights.dtype),
         mean=summary.mean,
         mean_stderr=summary.stderr,
@@ -87,11 +84,22 @@ def by_component(
         rows=problem.rows,
         cost=cost,
         estimator=name,
-        num_samples=columns,
+        num_samples=sum(map(_num_counted, problem.mass.values())),
         loss_shapes=tuple((name, x.shape) for name, x in problem.probe_baseline.items())
         if grouped
         else (),
     )
+
+
+def _group_mass(q: Array) -> Array:
+    if not is_concrete(q):
+        return jnp.sum(q)
+    return jax.device_put(np.asarray(np.sum(np.asarray(q, np.float64)), q.dtype))
+
+
+def _num_counted(q: Array) -> int:
+    """Columns that count; all, where that is not known."""
+    return int(np.count_nonzero(np.asarray(q))) if is_concrete(q) else q.size
 
 
 def _number(x: Any, dtype: Any) -> Array:
@@ -219,11 +227,13 @@ def batch_estimates(
     counts: Float[Array, "chains batches"],
     alive: Bool[Array, " chains"],
     antithetic: bool = False,
+    mass: dict[str, Float[Array, "*columns"]] | None = None,
 ) -> Estimates:
     """Mean of a quantity summed over the draws of each batch, and the spread of the batches.
 
     χ̂ = Σ_g n_g x_g / n and Var χ̂ = Σ_g (n_g/n)² (x_g − χ̂)² G/(G − 1) over the G batches of the
-    chains that are alive; with `antithetic`, of the pairs.
+    chains that are alive; with `antithetic`, of the pairs. The batches' means over columns are by
+    `mass`; without, there are no columns.
     """
     if antithetic:
         sums = jax.tree.map(
@@ -232,26 +242,28 @@ def batch_estimates(
         counts = join_twins(jnp.where(alive[:, None], counts, 0.0))
         alive = join_twins(alive) > 0
     weight = jnp.repeat(alive, counts.shape[1])
-    counts = (counts * alive[:, None]).reshape(-1)
+    counts = jnp.where(alive[:, None], counts, 0).reshape(-1)
     share = counts / jnp.sum(counts)
-    number = jnp.sum(weight)
-    first = (jnp.cumsum(weight) <= number / 2) & weight
+    number = jnp.sum(weight, dtype=counts.dtype)
+    first = (jnp.cumsum(weight, dtype=counts.dtype) <= number / 2) & weight
 
     def mean(values: Array, share: Array) -> Array:
         return jnp.tensordot(share / jnp.sum(share), values, 1, precision="highest")
 
-    def one(sums: Array) -> tuple[Array, Array, Array, Array]:
+    def one(name: str, sums: Array) -> tuple[Array, Array, Array, Array]:
         flat = sums.reshape(-1, *sums.shape[2:])
         scale = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1.0), 0.0)
         x = flat * scale.reshape(-1, *(1,) * (flat.ndim - 1))
         chi = mean(x, share)
         squares = jnp.tensordot(share**2, (x - chi[None]) ** 2, 1, precision="highest")
         stderr = jnp.sqrt(squares * number / (number - 1))
-        halves = jnp.stack([mean(x, share * first), mean(x, share * (weight & ~first))])
-        group = jnp.mean(x, axis=tuple(range(2, x.ndim)))
+        halves = jnp.stack(
+            [mean(x, jnp.where(half, share, 0)) for half in (first, weight & ~first)]
+        )
+        group = x if mass is None else column_mean(x, mass[name])
         return chi, stderr, halves, jnp.where(weight[:, None], group, jnp.nan)
 
-    results = {name: one(total) for name, total in sums.items()}
+    results = {name: one(name, total) for name, total in sums.items()}
     chi, stderr, halves, batches = ({n: r[i] for n, r in results.items()} for i in range(4))
     return Estimates(chi, stderr, halves, batches, {})
 

@@ -246,7 +246,7 @@ class Pathwise:
         pilot: Pilot | None = None,
     ) -> Part:
         """χ of a group from chains that were swept back."""
-        estimates = _finish(recorded.looked, recorded.alive, self.antithetic)
+        estimates = _finish(recorded.looked, recorded.alive, problem.mass, self.antithetic)
         return part_of_chains(
             run, problem, group, estimates, recorded.alive, recorded.looked.draws,
             num_batches=run.plan.batches, antithetic=self.antithetic, pilot=pilot,
@@ -454,18 +454,23 @@ def _bytes(posterior: Posterior, group: ComponentGroup) -> int:
 
 
 @partial(jax.jit, static_argnames="antithetic")
-def _finish(looked: Looked, alive: Bool[Array, "components chains"], antithetic: bool) -> Estimates:
+def _finish(
+    looked: Looked,
+    alive: Bool[Array, "components chains"],
+    mass: dict[str, Array],
+    antithetic: bool,
+) -> Estimates:
     """χ of every component from the groups of draws of its chains, and the health of its sweeps."""
 
     def one(looked: Looked, alive: Array) -> Estimates:
         sums, health = looked.added, looked.segments
-        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic)
+        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic, mass)
 
         def mean(x: Array) -> Array:
             """Over the segments of the chains that are alive."""
             over_segments = jnp.mean(x, axis=1)
             kept = jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 2)), over_segments, 0.0)
-            return jnp.sum(kept, axis=0) / alive.sum()
+            return jnp.sum(kept, axis=0) / alive.sum().astype(x.dtype)
 
         slope, slope_error = slope_beside(sums.beside, estimates.chi, alive, antithetic)
         return estimates._replace(

@@ -21,6 +21,7 @@ float32 the difference is noise, and autodiff's product is right; `chains.pilot`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -60,11 +61,14 @@ def hessian_products(
     if product == "autodiff":
         return jax.vmap(lambda v: jax.jvp(gradient, (at,), (v,))[1])(directions)
     moved = _mover(at, scale, width)
+    step_type = jax.tree.leaves(at)[0].dtype
     if product == "central":
 
         def central(v: Position) -> Position:
-            (step, there), (_, back) = moved(v, 1.0), moved(v, -1.0)
-            return _over(gradient(there), gradient(back), 2 * step)
+            # Both ends as one batch: the program holds the gradient once.
+            step, ends = jax.vmap(partial(moved, v))(jnp.asarray([1.0, -1.0], step_type))
+            slopes = jax.vmap(gradient)(ends)
+            return jax.tree.map(lambda g: (g[0] - g[1]) / (2 * step[0]), slopes)
 
         return jax.vmap(central)(directions)
     here = gradient(at)
@@ -74,7 +78,7 @@ def hessian_products(
         return _over(gradient(there), here, sign * step)
 
     number = jax.tree.leaves(directions)[0].shape[0]
-    signs = jax.random.rademacher(key, (number,), jax.tree.leaves(at)[0].dtype)
+    signs = jax.random.rademacher(key, (number,), step_type)
     return jax.vmap(one_sided)(directions, signs)
 
 
