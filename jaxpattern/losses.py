@@ -148,7 +148,7 @@ def _check_alone(
     if (apart <= np.finfo(losses.dtype).eps ** 0.5).all():
         return
     # Suspicion: only now is the precision looked up in which the loss computes inside.
-    bad = ~(apart <= _precision(loss_fn, params, batch) ** 0.5)
+    bad = ~(apart <= precision_of(loss_fn, params, batch) ** 0.5)
     if not bad.any():
         return
     worst = int(np.argmax(np.where(bad, apart, -1.0)))
@@ -165,15 +165,18 @@ def _check_alone(
     )
 
 
-def _precision(loss_fn: LossFn, params: Params, batch: Batch) -> float:
+def precision_of(loss_fn: LossFn, params: Params, batch: Batch) -> float:
     """Relative spacing of the narrowest numbers that the loss computes with."""
     kinds: set[Any] = set()
+    matmul = str(getattr(jax.config, "jax_default_matmul_precision", None))
+    full = jax.default_backend() == "cpu" or matmul in ("highest", "float32")
 
     def look(jaxpr: Any) -> None:
         for equation in jaxpr.eqns:
             kinds.update(v.aval.dtype for v in equation.outvars if hasattr(v.aval, "dtype"))
             product = equation.primitive.name in ("dot_general", "conv_general_dilated")
-            if product and jax.default_backend() != "cpu":  # by default of bfloat16 or TF32
+            exact = full or "HIGHEST" in str(equation.params.get("precision"))
+            if product and not exact:  # by default of bfloat16 or TF32
                 kinds.add(jnp.dtype(jnp.bfloat16))
             for inner in jax.core.jaxprs_in_params(equation.params):
                 look(inner)

@@ -43,7 +43,9 @@ class Sampler:
         gradients_per_step: loss gradients a step asks the posterior for; None: not known. A chain
             can be differentiated where it is one.
         relaxation_steps: function of posterior and settings that gives the steps in which a chain
-            forgets a direction of precision γ by a factor e, or None; itself None: not known.
+            forgets a direction of precision γ by a factor e, or None; itself None: not known. Where
+            it has been measured the root mean square of the loss gradient is among the settings,
+            as `"gradient"`.
         step_scale: function of state and settings that gives the standard deviation of the random
             part of a step, a number or one for each parameter; None: not known.
         name: what it is called.
@@ -68,7 +70,7 @@ class Sampler:
         """What is bound to the algorithm by name."""
         return dict(getattr(self.algorithm, "keywords", {}))
 
-    def relaxation(self, posterior: Posterior) -> float | None:
+    def relaxation(self, posterior: Posterior, gradient: float | None = None) -> float | None:
         """Steps in which a chain forgets a flat direction (one of precision γ) by a factor e.
 
         None where it is not known: another sampler, γ = 0, or settings that are being traced.
@@ -76,7 +78,8 @@ class Sampler:
         known = all(map(is_concrete, jax.tree.leaves((posterior.localization, self.settings))))
         if self.relaxation_steps is None or not known or float(posterior.localization) == 0:
             return None
-        return self.relaxation_steps(posterior, self.settings)
+        measured = {} if gradient is None else {"gradient": gradient}
+        return self.relaxation_steps(posterior, self.settings | measured)
 
     def __repr__(self) -> str:
         inside = (f"{k}={_show(v)}" for k, v in self.settings.items())
@@ -289,8 +292,10 @@ def rmsprop_sgld(
 
 
 def _preconditioned(posterior: Posterior, settings: dict[str, Any]) -> float:
-    """2 / (εγ) with the effective step ε / 2e, where gradients are of the size of `stability`."""
-    step = float(settings["step_size"]) / (2 * float(settings["stability"]))
+    """2 / (ε_t γ) with ε_t = ε / (√v̂ + e), √v̂ the measured size of gradients, or e without one."""
+    stability = float(settings["stability"])
+    root = float(settings.get("gradient", stability))
+    step = float(settings["step_size"]) / (root + stability)
     return 2 / (step * float(posterior.localization))
 
 

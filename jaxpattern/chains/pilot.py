@@ -26,6 +26,7 @@ from jaxpattern.types import Position
 from jaxpattern.validation import is_traced
 
 _ITERATIONS = 12
+_STREAM = 2**31
 _SAMPLES = 256
 _FRACTION = 1 / 64  # of the distance at which rounding is looked for
 
@@ -88,7 +89,8 @@ def _fly(
 def _fly_one(
     key: Key[Array, ""], posterior: Posterior, sampler: Any, batch_size: int | None
 ) -> tuple[Array, ...]:
-    keys = jax.random.split(key, 4)
+    # Beyond the streams of components, which fold in small numbers.
+    keys = [jax.random.fold_in(key, _STREAM + i) for i in range(4)]
     size = batch_size and min(posterior.num_samples, max(batch_size, _SAMPLES))
     minibatch = posterior.minibatch(keys[0], size)
     center = posterior.centre

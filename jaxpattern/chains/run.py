@@ -66,7 +66,18 @@ def make_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> Run:
         )
     sampler = as_sampler(sampler, posterior)
     _check_state(key, posterior, sampler)
+    _check_step(posterior, sampler)
     return Run(own_streams(key), posterior, sampler, plan)
+
+
+def _check_step(posterior: Posterior, sampler: Sampler) -> None:
+    """εγ < 2: beyond, the chain leaves even where the loss is flat."""
+    relaxation = sampler.relaxation(posterior)
+    if relaxation is not None and relaxation <= 1:
+        raise ValueError(
+            f"step_size is too large for the localization: εγ = {2 / relaxation:.3g}, and chains "
+            "are stable below 2 at most, accurate far below 1"
+        )
 
 
 def _check_state(key: Any, posterior: Posterior, sampler: Sampler) -> None:

@@ -284,21 +284,22 @@ def slope_beside(
         for name, x in values.items():
             weights = chi[name].reshape(chi[name].shape[0], -1)
             flat = x.reshape(*x.shape[:lead], -1)
-            each = jnp.sum(flat * weights, -1) if lead == 3 else flat @ weights.T
+            each = jnp.sum(flat * weights[None, None], -1) if lead == 3 else flat @ weights.T
             parts.append(each)
         return jnp.sum(jnp.stack(parts), 0)
 
     count = beside.weight * alive[:, None]
     share = count / jnp.sum(count)
     mean_b, comoment = along(beside.mean_b, 2), along(beside.comoment, 3)
-    centered = [x - jnp.sum(share[..., None] * x, (0, 1)) for x in (beside.mean_a, mean_b)]
+    means = (beside.mean_a, mean_b)
+    centered = [x - jnp.sum(share[..., None] * x, (0, 1), keepdims=True) for x in means]
     each = comoment / jnp.maximum(count, 1.0)[..., None] + centered[0] * centered[1]
     x = jnp.where(share[..., None] > 0, -each * share[..., None], 0.0)
     if antithetic:
         x, share, alive = join_twins(x), join_twins(share), join_twins(alive) > 0
     total = jnp.sum(x, (0, 1))
     number = jnp.sum(share > 0)
-    squares = jnp.sum((x - share[..., None] * total) ** 2, (0, 1))
+    squares = jnp.sum((x - share[..., None] * total[None, None]) ** 2, (0, 1))
     size = sum(jnp.sum(c.reshape(c.shape[0], -1) ** 2, 1) for c in chi.values())
     bessel = jnp.sum(count) / jnp.maximum(jnp.sum(count) - 1, 1)
     scale = bessel / jnp.where(size > 0, size, jnp.nan)

@@ -89,6 +89,7 @@ from jaxpattern.chains.loop import Looked, Recorded, Segment, run_chains
 from jaxpattern.chains.pilot import Pilot, fly
 from jaxpattern.chains.record import Nothing
 from jaxpattern.chains.run import Run
+from jaxpattern.losses import precision_of
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.adjoint import Adjoint
 from jaxpattern.response.covariance import Covariance
@@ -102,7 +103,7 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem, check_reweighted
-from jaxpattern.response.products import Product, in_full_precision
+from jaxpattern.response.products import Product
 from jaxpattern.response.result import Response, doubts, group_mean
 from jaxpattern.response.schedule import block_sizes, mean_blocks, segments
 from jaxpattern.response.tangent import Tangent, tangent_cost
@@ -179,7 +180,7 @@ class Pathwise:
         tangent = Tangent(self.probe_batch, self.antithetic, product, self.width or 1.0)
         if self.mode == "tangent":
             return self._judged(tangent(run, problem, host, pilots), run, problem, host)
-        sweep = self.sweep(run, problem)
+        sweep = self.sweep(run, problem, pilots)
         cost = self.cost(sweep, problem)
         if self.mode == "auto":
             if tangent_cost(run, problem, self.probe_batch) < cost:
@@ -197,7 +198,11 @@ class Pathwise:
         if known:
             exact = bool(np.max(np.concatenate(known)) < _ROUNDING)
         else:
-            exact = in_full_precision(run.posterior)
+            # Nothing can be measured in a trace; the types in the program say something.
+            posterior = run.posterior
+            one = jax.tree.map(lambda x: x[:1], posterior.data)
+            finest = precision_of(posterior.loss_fn, posterior.params, one)
+            exact = finest <= float(jnp.finfo(jnp.float32).eps)
         return "central" if exact else "autodiff"
 
     def _adjoint(
@@ -252,12 +257,14 @@ class Pathwise:
             num_batches=run.plan.batches, antithetic=self.antithetic, pilot=pilot,
         )  # fmt: skip
 
-    def sweep(self, run: Run, problem: Problem) -> Sweep:
+    def sweep(self, run: Run, problem: Problem, pilots: Pilots) -> Sweep:
         """relaxation time → window → states remembered → groups of draws → segments."""
         plan = run.plan
         wanted = self.window
         if wanted is None:
-            relaxation = run.sampler.relaxation(run.posterior)
+            gradients = [p.gradient for p in pilots.values() if p is not None]
+            gradient = float(np.max(np.concatenate(gradients))) if gradients else None
+            relaxation = run.sampler.relaxation(run.posterior, gradient)
             if relaxation is None:
                 raise ValueError(
                     "window must be given: the relaxation time of this sampler and posterior is "
