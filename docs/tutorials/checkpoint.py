@@ -60,7 +60,7 @@ def main(folder, out=None, num=16, length=16, num_draws=10):
     # --8<-- [end:directions]
 
     # --8<-- [start:weights]
-    size = 0.3
+    size = 0.1
     solution = jp.solve_weights(response, directions.target(0, size), method=jp.ridge())
     tuned, _ = jp.train(
         jax.random.key(1), tail.loss_fn, tail.params, data, optax.adamw(1e-5), num_steps=20,
