@@ -24,7 +24,7 @@ def test_example_runs_and_steers(capfd):
     scope = {}
     exec(compile(example(), "README.md", "exec"), scope)
     printed = capfd.readouterr().out
-    assert "realised" in printed
+    assert "realized" in printed
     assert "nan" not in printed
     solution, phi = scope["solution"], scope["held_out"]["docstrings"]
     assert isinstance(solution, jp.Intervention)
