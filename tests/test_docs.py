@@ -129,3 +129,11 @@ def test_python_on_the_pages_compiles():
         for block in PYTHON.findall(page.read_text(encoding="utf-8")):
             if "--8<--" not in block:
                 compile(block, page.name, "exec")
+
+
+def test_the_version_is_the_same_everywhere():
+    root, version = DOCS.parent, jp.__version__
+    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version = {{{version}}}" in (DOCS / "cite.md").read_text(encoding="utf-8")
+    first = re.search(r"^## (\S+)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE).group(1)
+    assert first == version
