@@ -212,7 +212,9 @@ def localized_posterior(
     localization: float | int | Float[Array, ""],
     weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
 ) -> Posterior:
-    """The posterior p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²) around trained weights w*.
+    """The localized posterior around trained parameters w*.
+
+        p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²)
 
     Args:
         loss_fn: pure, deterministic function of parameters and batch that returns `[B]` or
