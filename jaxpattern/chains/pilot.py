@@ -65,25 +65,30 @@ def fly(run: Run, group: ComponentGroup) -> Pilot | None:
     """
     if run.sampler.step_scale is None or is_traced(run, group):
         return None
-    found = _fly(run.key, run.posterior, run.sampler, group.restrictions, run.plan.batch_size)
+    found = _fly(
+        run.key, run.posterior, run.sampler, group.restrictions,
+        batch_size=run.plan.batch_size, number=len(group.ids),
+    )  # fmt: skip
     return Pilot(*(np.atleast_1d(np.asarray(x, np.float64)) for x in found))
 
 
-@partial(jax.jit, static_argnames="batch_size")
+@partial(jax.jit, static_argnames=("batch_size", "number"))
 def _fly(
     key: Key[Array, ""],
     posterior: Posterior,
     sampler: Any,
     restrictions: Restriction | None,
     batch_size: int | None,
+    number: int,
 ) -> tuple[Array, ...]:
     if restrictions is None:
         return _fly_one(key, posterior, sampler, batch_size)
 
-    def one(restriction: Restriction) -> tuple[Array, ...]:
-        return _fly_one(key, replace(posterior, restriction=restriction), sampler, batch_size)
+    def one(index: Array) -> tuple[Array, ...]:
+        chosen = jax.tree.map(lambda leaf: leaf[index], restrictions)
+        return _fly_one(key, replace(posterior, restriction=chosen), sampler, batch_size)
 
-    return jax.lax.map(one, restrictions)
+    return jax.lax.map(one, jnp.arange(number))
 
 
 def _fly_one(

@@ -292,7 +292,7 @@ def slope_beside(
             parts.append(each)
         return jnp.sum(jnp.stack(parts), 0)
 
-    count = beside.weight * alive[:, None]
+    count = beside.weight * alive[:, None].astype(beside.weight.dtype)
     share = count / jnp.sum(count)
     mean_b, comoment = along(beside.mean_b, 2), along(beside.comoment, 3)
     means = (beside.mean_a, mean_b)
@@ -302,7 +302,7 @@ def slope_beside(
     if antithetic:
         x, share, alive = join_twins(x), join_twins(share), join_twins(alive) > 0
     total = jnp.sum(x, (0, 1))
-    number = jnp.sum(share > 0)
+    number = jnp.sum((share > 0).astype(share.dtype))
     squares = jnp.sum((x - share[..., None] * total[None, None]) ** 2, (0, 1))
 
     def square(x: dict[str, Array]) -> Array:
