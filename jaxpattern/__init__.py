@@ -50,6 +50,7 @@ from jaxpattern.response.pathwise import GrowthWarning, pathwise
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.susceptibilities import susceptibilities
+from jaxpattern.response.training_run import training_response
 from jaxpattern.restriction import (
     Restriction,
     by_mask,
@@ -167,6 +168,7 @@ __all__ = [
     "susceptibilities",
     "sweep",
     "train",
+    "training_response",
     "truncated",
     "union",
 ]

@@ -74,7 +74,7 @@ class Descent(NamedTuple):
 class Drawn(NamedTuple):
     """The samples of a step: their places in the data, themselves, and their weights."""
 
-    index: Int[Array, " batch"]
+    place: Int[Array, " batch"]
     batch: Batch
     weights: Float[Array, "batch *tokens"]
 

@@ -178,7 +178,7 @@ def build_problem(
         )
     same = [name for name, batch in probes.items() if batch is reference]
     probes = {name: _on_device(batch) for name, batch in probes.items()}
-    names, functions = _check_observables(observables, params)
+    names, functions = check_observables(observables, params)
     at_start = _at_start(
         posterior.loss_fn, chunk or 256, params, probes, None if same else minibatch.batch,
         functions,
@@ -232,7 +232,7 @@ def _check_finite(name: str, losses: Losses) -> None:
         )
 
 
-def _check_observables(
+def check_observables(
     observables: Mapping[str, Callable[..., Any]] | None, params: Params
 ) -> tuple[tuple[str, ...] | None, tuple[Callable[..., Any], ...] | None]:
     """Names of the rows, `name/0` … where one returns several, and functions as pytrees."""

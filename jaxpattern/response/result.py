@@ -134,6 +134,12 @@ def doubts(response: Response) -> list[list[str]]:
     of = {name: known.get(name, nan) for name in _LOOKED_AT}
     found = []
     for k in range(len(response.rows)):
+        if "horizon" in known:  # of training runs, which have no chains
+            found.append(
+                verdict.chaotic(float(of["growth"][k]), float(of["horizon"][k]))
+                + verdict.left_out(float(of["skipped"][k]))
+            )
+            continue
         here = verdict.unsettled(
             rhat=float(response.rhat[k]), ess=float(response.ess[k]),
             spread=float(of["spread"][k]), drift=float(of["drift"][k]),
@@ -162,7 +168,7 @@ def doubts(response: Response) -> list[list[str]]:
 
 _LOOKED_AT = (
     "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups", "stiffness",
-    "spacing", "residual",
+    "spacing", "residual", "growth", "horizon", "skipped",
 )  # fmt: skip
 
 
