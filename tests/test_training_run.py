@@ -97,7 +97,7 @@ def test_gradient_descent_on_a_quadratic_moves_by_its_filter(mode):
         batch_size=1, observables={"w": lambda p: p["w"]}, sources={"all": [0, 1]},
         mode="reverse", progress=False,
     )  # fmt: skip
-    found = np.asarray(response.chi["all"] * response.mass["all"]).sum(1)
+    found = np.asarray(response.chi["all"] * response.mass["all"][None]).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         wanted = (1 - (1 - rate * curvature) ** steps) / curvature
     wanted[0] = rate * steps
@@ -128,7 +128,7 @@ def test_the_ratio_to_the_filter_of_the_posterior_at_the_matched_scale():
             jnp.zeros(1), optax.sgd(rate), num_steps=steps, batch_size=1, mode="reverse",
             observables={"w": lambda p: p["w"]}, sources={"all": [0]}, progress=False,
         )  # fmt: skip
-        moved = float((found.chi["all"] * found.mass["all"])[0, 0, 0])
+        moved = float(found.chi["all"][0, 0, 0] * found.mass["all"][0, 0])
         posterior = -0.5 * gradient / (curvature + gamma / nbeta)
         assert moved / posterior == pytest.approx(wanted, rel=1e-3)
 

@@ -24,7 +24,7 @@ def root(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 @root.defjvp
-def _root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _root_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
     y = jnp.sqrt(x)
     zero = x == 0
