@@ -232,7 +232,7 @@ def _shifts(rows: Any, values: np.ndarray) -> tuple[dict[str, float], dict[str, 
 
 
 def _spread(
-    present: np.ndarray, sources: Mapping[str, Any], change: Mapping[str, np.ndarray]
+    present: np.ndarray, sources: Mapping[str, Any], change: Mapping[str, Any]
 ) -> np.ndarray:
     """The weights under a change 1 + s of each source, of mean 1 over all losses."""
     factor = np.ones_like(present)
@@ -253,7 +253,7 @@ def _choose(
     due: Mapping[str, float],
     share: float,
     method: InversionMethod | None,
-    spread: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    spread: Callable[[Mapping[str, Any]], np.ndarray],
     least: float,
     base: np.ndarray,
 ) -> _Change:

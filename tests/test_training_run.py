@@ -45,7 +45,8 @@ def starts(number=3):
     return jax.tree.map(lambda *x: jnp.stack(x), *map(start, range(number)))
 
 
-ADAM = optax.adamw(3e-3, eps=1e-3)
+# Adam's first steps are signs of gradients but for eps: smooth at the size of these gradients.
+ADAM = optax.adamw(1e-2, eps=0.1)
 OBSERVABLES = {
     "first": jp.mean_loss(network, jax.tree.map(lambda x: x[:20], DATA)),
     "parts": lambda params: jnp.stack([params["out"][0], jnp.sum(params["in"] ** 2)]),
@@ -153,7 +154,7 @@ def test_it_is_the_slope_of_retraining(mode):
         wanted[:, g] = (ends[0] - ends[1]) / (2 * h)
     assert response.rows == ROWS
     scale = np.abs(wanted).max(axis=1, keepdims=True)
-    assert np.abs(found - wanted).max(axis=1) == pytest.approx(0, abs=1e-3 * scale.min())
+    np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=1e-3)
     assert float(response.nbeta) == 1
     np.testing.assert_allclose(sum(float(jnp.sum(q)) for q in response.mass.values()), 1, rtol=1e-6)
     # All weights together change nothing.
@@ -212,27 +213,23 @@ def test_errors_come_from_seeds_and_one_seed_has_none():
 
 
 def test_solve_weights_takes_it_and_retraining_gets_there():
-    """A shift small enough to be linear: a twentieth of the response."""
+    """Weights to either side of 1, whose difference has no second order."""
     response = respond(keys(), starts())
-    target = {"first": 0.02 * float(slopes(response)[0, 0])}
-    solution = jp.solve_weights(response, target)
-    weights = np.array(BASE)
-    for name, index in SOURCES.items():
-        weights[index] *= float(solution.weights[name])
-    before, after = (
-        jp.train(keys(), network, starts(), DATA, ADAM, weights=w, progress=False, **RUN)[0]
-        for w in (BASE, weights)
-    )
-    change = np.mean(
-        [
-            phi(jax.tree.map(lambda x, s=s: x[s], after))
-            - phi(jax.tree.map(lambda x, s=s: x[s], before))
-            for s in range(3)
-        ],
-        axis=0,
-    )
+    target, ends = {"first": 0.05 * float(slopes(response)[0, 0])}, []
+    for scale in (1.0, -1.0):
+        solution = jp.solve_weights(response, target, method=jp.least_norm(), scale=scale)
+        weights = np.array(BASE)
+        for name, index in SOURCES.items():
+            weights[index] *= float(solution.weights[name])
+        params, _ = jp.train(
+            keys(), network, starts(), DATA, ADAM, weights=weights, progress=False, **RUN
+        )
+        each = [phi(jax.tree.map(lambda x, s=s: x[s], params)) for s in range(3)]
+        ends.append((np.mean(each, axis=0), solution.predicted_shift))
+    (up, more), (down, less) = ends
     for k, row in enumerate(ROWS):
-        assert change[k] == pytest.approx(float(solution.predicted_shift[row]), rel=0.05)
+        wanted = float(more[row] - less[row])
+        assert up[k] - down[k] == pytest.approx(wanted, rel=0.01, abs=1e-6)
 
 
 def test_samples_of_no_source_keep_their_share():
@@ -380,7 +377,7 @@ def test_steps_left_out_are_the_identity():
 
     def brittle(params, batch):
         x, _ = batch
-        away = jnp.where(x[:, 0] == INPUTS[0, 0], params["bias"][0] > 0.0, False)
+        away = jnp.where(x[:, 0] == INPUTS[0, 0], params["bias"][0] != 0.0, False)
         return network(params, batch) * jnp.where(away, jnp.inf, 1.0)
 
     made = {}
@@ -414,7 +411,7 @@ def test_files_and_transformations():
 
 def test_a_file_gives_it_back(tmp_path):
     response = respond(keys(), starts())
-    results.save(response, tmp_path / "x.npz")
+    results.save(tmp_path / "x.npz", response)
     again = results.load(tmp_path / "x.npz")
     same(again.chi, response.chi)
     assert again.rows == response.rows
