@@ -37,7 +37,8 @@ class Response:
             weights ρ₀ where there are any; 0 excludes a column, which may then hold anything.
             Sums to 1 over all columns: weights ρ on top of the base weights, of mean
             Σ_j q_j ρ_j = 1, shift μ by nβ Σ_j χ_j q_j (ρ_j − 1).
-        nbeta: inverse temperature of the posterior.
+        nbeta: inverse temperature of the posterior; 1 for the response of a training run, whose χ
+            is the derivative itself over q.
         mean: ⟨φ⟩ of each row, `[K]`.
         mean_stderr: its standard error, `[K]`.
         rhat: rank-normalized split R-hat of each row's observable, `[K]`.

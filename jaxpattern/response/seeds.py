@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxpattern.chains.divergence import DivergenceError
 from jaxpattern.response.measure import Estimates, batch_estimates
@@ -51,14 +51,15 @@ def check_ends(found: Derivative, rows: tuple[str, ...]) -> Bool[Array, " seeds"
         DivergenceError: none ended with finite observables and a derivative within range.
         ValueError: one did, but has no finite derivative, and not for growth.
     """
-    seeds = found.phi.shape[0]
-    ended: Any = jnp.all(jnp.isfinite(found.phi), axis=1)
-    finite: Any = jnp.all(jnp.isfinite(found.slope.reshape(seeds, -1)), axis=1)
+    xp = np if is_concrete(found.phi) else jnp
+    phi, slope = xp.asarray(found.phi), xp.asarray(found.slope)
+    seeds = len(phi)
+    ended = xp.isfinite(phi).all(axis=1)
+    finite = xp.isfinite(slope.reshape(seeds, -1)).all(axis=1)
     if not is_concrete(found.phi):
         return ended & finite
-    ended, finite = np.asarray(ended), np.asarray(finite)
     if not ended.any():
-        names = [row for k, row in enumerate(rows) if not np.isfinite(found.phi[:, k]).any()]
+        names = [row for k, row in enumerate(rows) if not np.isfinite(phi[:, k]).any()]
         raise DivergenceError(
             f"observables {names} are not finite at the end of the run in any of {seeds} seeds"
         )
@@ -82,44 +83,76 @@ def check_ends(found: Derivative, rows: tuple[str, ...]) -> Bool[Array, " seeds"
             f"the derivative grew out of range in all of {seeds} seeds, after "
             f"{broken.tolist()} steps: the run is chaotic, and its end has no response to speak of"
         )
-    return jnp.asarray(ended & finite)
+    return jax.device_put(ended & finite)
+
+
+class OverSeeds(NamedTuple):
+    """All that a response holds of its seeds; fields as there."""
+
+    estimates: Estimates
+    mass: dict[str, Array]
+    mean: Float[Array, " rows"]
+    mean_stderr: Float[Array, " rows"]
+    rhat: Float[Array, " rows"]
+    diverged: Bool[Array, "rows seeds"]
 
 
 @partial(jax.jit, static_argnames="grouped")
-def estimate(
+def over_seeds(
     found: Derivative,
     alive: Bool[Array, " seeds"],
-    mass: dict[str, Array],
-    places: dict[str, Array],
+    rho: Float[Array, "samples *tokens"],
+    places: dict[str, Int[Array, " rows"]],
+    order: dict[str, Int[Array, ""]],
     *,
     grouped: bool,
-) -> tuple[Estimates, dict[str, Array]]:
-    """χ of each source from its seeds, each a batch of its own."""
+) -> OverSeeds:
+    """χ of each source from its seeds, each a batch of its own.
+
+    Args:
+        found: what the seeds gave.
+        alive: which of them count.
+        rho: weights of the run.
+        places: source → its samples.
+        order: source → its column, where a column is a source.
+        grouped: whether it is.
+    """
 
     def zeroed(x: Array) -> Array:
         return jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
 
+    total = jnp.sum(jnp.stack([jnp.sum(rho[index]) for index in places.values()]))
+    mass = {name: rho[index] / total for name, index in places.items()}
+    if grouped:
+        mass = {name: jnp.sum(share) for name, share in mass.items()}
     slope, sums, batches = zeroed(found.slope), {}, {}
     for name, index in places.items():
-        mine = slope[:, :, index] if not grouped else slope[:, :, index[0]]
+        mine = slope[:, :, order[name]] if grouped else slope[:, :, index]
+        # χ_j = (1/q_j) dφ/dρ_j, and of the whole source (1/Σq) Σ_j dφ/dρ_j.
         share = mass[name]
         scale = jnp.where(share > 0, 1 / jnp.where(share > 0, share, 1.0), 0.0)
         sums[name] = (mine * scale.reshape(1, 1, *scale.shape))[:, None]
-        total = jnp.sum(mine.reshape(*mine.shape[:2], -1), axis=2) / jnp.sum(share)
-        batches[name] = jnp.where(alive[:, None], total, jnp.nan)
+        whole = jnp.sum(mine.reshape(*mine.shape[:2], -1), axis=2) / jnp.sum(share)
+        batches[name] = jnp.where(alive[:, None], whole, jnp.nan)
     estimates = batch_estimates(sums, jnp.ones((len(alive), 1), slope.dtype), alive)
     number = jnp.sum(alive)
     phi = zeroed(found.phi)
     mean = jnp.sum(phi, axis=0) / number
     squares = jnp.sum(zeroed((phi - mean[None]) ** 2), axis=0)
     growth = jax.vmap(_growth)(found.norms)
-    rows = jnp.zeros_like(mean)
+    least = jnp.min(jnp.where(alive[:, None], growth.horizon, jnp.inf), axis=0)
+    zero = jnp.zeros_like(mean)
     health = {
-        "growth": rows + jnp.max(zeroed(growth.growth), axis=0),
-        "horizon": rows
-        + jnp.min(jnp.where(alive[:, None], growth.horizon, jnp.inf), axis=0).astype(rows.dtype),
-        "skipped": rows + jnp.sum(found.skipped).astype(rows.dtype),
-        "groups": rows + number.astype(rows.dtype),
+        "growth": zero + jnp.max(zeroed(growth.growth), axis=0).astype(zero.dtype),
+        "horizon": zero + least.astype(zero.dtype),
+        "skipped": zero + jnp.sum(found.skipped).astype(zero.dtype),
+        "groups": zero + number.astype(zero.dtype),
     }
-    summary = {"mean": mean, "stderr": jnp.sqrt(squares / (number * (number - 1)))}
-    return estimates._replace(batches=batches, diagnostics=health), summary
+    return OverSeeds(
+        estimates=estimates._replace(batches=batches, diagnostics=health),
+        mass=mass,
+        mean=mean,
+        mean_stderr=jnp.sqrt(squares / (number * (number - 1))),
+        rhat=jnp.full_like(mean, jnp.nan),
+        diverged=jnp.broadcast_to(~alive, (len(mean), len(alive))),
+    )

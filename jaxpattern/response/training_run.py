@@ -21,7 +21,7 @@ from jaxpattern.posterior import Minibatch
 from jaxpattern.response import trajectory
 from jaxpattern.response.problem import check_observables, named
 from jaxpattern.response.result import Response, doubts
-from jaxpattern.response.seeds import check_ends, estimate
+from jaxpattern.response.seeds import check_ends, over_seeds
 from jaxpattern.response.trajectory import Ask, Derivative
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import Host, host_for
@@ -140,7 +140,7 @@ def training_response(
     places = check_sources(named("sources", sources), rho)
     number = len(places) if mode == "forward" else len(rows)
     length = _segment_length(num_steps, num_snapshots, mode)
-    ask = Ask(Minibatch(data, rho), functions, jnp.asarray(_source_of(places, len(rho))))
+    ask = Ask(Minibatch(data, rho), functions, jax.device_put(_source_of(places, len(rho))))
     with host_for(
         "training_response", checkpoint=checkpoint, mesh=mesh, progress=progress,
         losses=partial(first_losses, run.losses, one, data),
@@ -259,14 +259,10 @@ def _assemble(
     observables: dict[str, Callable],
 ) -> Response:
     """The response of all seeds."""
-    grouped = mode == "forward"
-    total = sum(jnp.sum(rho[index]) for index in places.values())
-    mass = {name: rho[index] / total for name, index in places.items()}
-    if grouped:
-        mass = {name: jnp.sum(share) for name, share in mass.items()}
-    index = {name: jnp.asarray([i] if grouped else x) for i, (name, x) in enumerate(places.items())}
-    estimates, summary = estimate(found, alive, mass, index, grouped=grouped)
-    seeds = len(found.phi)
+    grouped, seeds = mode == "forward", len(found.phi)
+    order = {name: np.int32(i) for i, name in enumerate(places)}
+    all_seeds = over_seeds(found, alive, rho, places, order, grouped=grouped)
+    estimates = all_seeds.estimates
     shapes = {name: (len(x), *rho.shape[1:]) for name, x in places.items()}
     cost = _cost(run, seeds, len(places) if grouped else len(rows), mode, observables)
 
@@ -278,13 +274,13 @@ def _assemble(
         stderr=ordered(estimates.stderr),
         halves=ordered(estimates.halves) if seeds > 1 else {},
         batches=ordered(estimates.batches),
-        mass=mass,
+        mass=ordered(all_seeds.mass),
         nbeta=jax.device_put(np.ones((), rho.dtype)),
-        mean=summary["mean"],
-        mean_stderr=summary["stderr"],
-        rhat=jnp.full(len(rows), jnp.nan, rho.dtype),
+        mean=all_seeds.mean,
+        mean_stderr=all_seeds.mean_stderr,
+        rhat=all_seeds.rhat,
         ess=estimates.diagnostics["groups"],
-        diverged=jnp.broadcast_to(~alive, (len(rows), seeds)),
+        diverged=all_seeds.diverged,
         diagnostics=estimates.diagnostics,
         rows=rows,
         cost=cost,
