@@ -24,7 +24,7 @@ REMAINDER = 0.1
 STIFF = 1.25
 UNSTABLE = 4.0
 SLOPE = 0.4
-GROWTH = 100.0
+GROWTH = 30.0  # transformers whose perturbations grew 52 times realized .57 of the prediction
 _RARE = 1e-4
 
 

@@ -78,7 +78,7 @@ def training_response(
 
     * `"growth"`: how many times a perturbation of the parameters grew along the run: a random one
       of the start forwards, the adjoint backwards. About 1 where the run contracts;
-    * `"horizon"`: the first step at which it had grown past 100 (backwards: counted from the end),
+    * `"horizon"`: the first step at which it had grown past 30 (backwards: counted from the end),
       or the number of steps;
     * `"skipped"`: steps that were left out, `"groups"`: seeds.
 
