@@ -3,9 +3,9 @@
 Claimed, for a GPT-2-shaped language model (2 layers, d 64, vocabulary 512, context 64):
   * an SGLD step costs at most 1.1 times a bare jitted forward and backward pass of its mini-batch;
   * a draw of the covariance estimator at most 1.1 times bare forward passes of its probes.
-The first is missed by a little: 1.12, and 1.07 for four chains one at a time, in the run that the
-README tells of. The library adds 0.03 to a bare loop that draws the same noise; the rest is the
-noise, 168,256 normals of `jax.random` a step at 7 ns each.
+The first is missed by a little: 1.12, and 1.07 for four chains one at a time, in the run that
+`docs/benchmarks.md` tells of. The library adds 0.03 to a bare loop that draws the same noise; the
+rest is the noise, 168,256 normals of `jax.random` per step at 7 ns each.
 
 Beside them, without a claim: four chains at once; a pathwise step against the gradient, the
 Hessian-vector product and the jvp of the probes that it needs; a moment update against reading and

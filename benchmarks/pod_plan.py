@@ -7,7 +7,7 @@ exchange nothing. The real programs are compiled ahead of time for a described t
 shapes in the place of arrays, so it needs neither a TPU nor the memory. It exits with status 1
 where a program does not fit, or one that deals out chains holds a collective.
 
-Compiled: a step of sampling with parameters cut over `model`; a segment of the pathwise adjoint of
+Compiled: steps of sampling with parameters cut over `model`; a segment of the pathwise adjoint of
 heads × chains; a re-weighted training step. Chip-hours of whole runs follow from their cost in
 gradients, 6 FLOPs a parameter and token each, at an assumed utilisation: a plan, not a measurement.
 """
@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,16 +32,19 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxpattern as jp
-from jaxpattern import descent, sampling, training
+from jaxpattern import descent, training
+from jaxpattern.chains.lanes import ComponentGroup
+from jaxpattern.chains.lower import lower_chains
+from jaxpattern.chains.record import Nothing
 from jaxpattern.models import transformer
 from jaxpattern.posterior import Minibatch, Posterior
-from jaxpattern.response import adjoint
 from jaxpattern.response.problem import Problem
-from jaxpattern.runtime.mesh import pad_lanes, param_specs
+from jaxpattern.runtime.mesh import param_specs
 
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 256: "v5e:16x16"}
 HBM = 16 * 2**30  # bytes of a v5e chip
@@ -96,17 +100,6 @@ def abstract_posterior(
     )
 
 
-def lanes_of(plan: jp.Plan, mesh: Mesh, restrictions: Any, number: int, antithetic: bool) -> Any:
-    make = partial(
-        sampling.make_lanes, component_ids=tuple(range(number)), plan=plan, antithetic=antithetic
-    )
-    shapes = jax.eval_shape(
-        lambda key, r: pad_lanes(make(key, r), mesh, plan.chains_at_once),
-        jax.random.key(0), restrictions,
-    )  # fmt: skip
-    return laid_out(shapes, mesh, "chain")
-
-
 def states_of(compiled: Any, shapes: Any) -> Any:
     """Shapes of what a compiled program returns, laid out as it does."""
     return jax.tree.map(
@@ -116,35 +109,30 @@ def states_of(compiled: Any, shapes: Any) -> Any:
 
 
 def sampling_step(config: Any, chips: int, model: int, length: int, batch: int) -> Any:
-    """A step of SGLD, a chain a group of `model` chips."""
+    """Steps of SGLD, one chain per group of `model` chips."""
     mesh = described_mesh(chips, model=model)
     posterior = abstract_posterior(config, mesh, length, 1024)
-    chains = mesh.shape["chain"]
-    plan = jp.Plan(num_chains=chains, num_draws=2, num_batches=2, batch_size=batch)
-    sampler = laid_out(jp.sgld(step_size=1e-4), mesh)
-    lanes = lanes_of(plan, mesh, None, 1, False)
-    start = partial(sampling._init_all, plan=plan, mesh=mesh)
-    compiled = sampling._init_all.lower(posterior, sampler, lanes, plan, mesh).compile()
-    state = states_of(compiled, jax.eval_shape(start, posterior, sampler, lanes))
-    bounds = laid_out((jnp.asarray(0), jnp.asarray(1)), mesh)
-    return sampling._burn_all.lower(posterior, sampler, state, lanes, bounds, plan, mesh)
+    plan = jp.Plan(num_chains=mesh.shape["chain"], num_draws=2, num_batches=2, batch_size=batch)
+    # Noise drawn array by array: each part is drawn where it lies.
+    sampler = jp.sgld(step_size=1e-4, noise="leaf")
+    return lower_chains(jp.Run(abstract_key(), posterior, sampler, plan), Nothing(), mesh).advance
 
 
 def pathwise_segment(config: Any, chips: int, length: int, batch: int, probes: int) -> Any:
-    """A segment of the adjoint for all heads of a layer × 4 chains, a lane at a time."""
+    """The sweep over a segment for all heads of a layer × 4 chains, a lane at a time."""
     mesh = described_mesh(chips)
     posterior = abstract_posterior(config, mesh, length, 1024, jnp.bfloat16)
-    heads = config.num_heads
+    heads = range(config.num_heads)
+    parts = [jp.by_slice({f"layers/0/attn/{name}": (0, h) for name in "qkvo"}) for h in heads]
+    group = ComponentGroup(
+        names=tuple(f"h{h}" for h in heads), ids=tuple(heads),
+        restrictions=jax.tree.map(lambda *leaves: np.stack(leaves), *parts),
+    )  # fmt: skip
     plan = jp.Plan(
         num_chains=4, num_burnin=16, num_draws=4, thin=4, batch_size=batch, chunk=batch,
         num_batches=1, chains_at_once=1,
     )  # fmt: skip
-    parts = [
-        jp.by_slice({f"layers/0/attn/{name}": (0, h) for name in "qkvo"}) for h in range(heads)
-    ]
-    restrictions = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-    lanes = lanes_of(plan, mesh, restrictions, heads, True)
-    sampler = laid_out(jp.sgld(step_size=1e-4), mesh)
+    run = jp.Run(abstract_key(), posterior, jp.sgld(step_size=1e-4), plan)
     shape = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     problem = Problem(
         observables=None,
@@ -156,19 +144,22 @@ def pathwise_segment(config: Any, chips: int, length: int, batch: int, probes: i
         ),
         reference_baseline=shape((batch, length), jnp.float32),
         chunk=batch,
+        groups=(group,),
     )
-    layout = adjoint.Layout(8, 2, 4, 2, 2, False, 1, True, None, batch)
-    start = partial(sampling._init_all, plan=plan, mesh=mesh)
-    states = laid_out(jax.eval_shape(start, posterior, sampler, lanes).state, mesh, "chain")
-    shapes = jax.eval_shape(
-        partial(adjoint._start_all, plan=plan, layout=layout, mesh=mesh),
-        posterior, sampler, problem, states, lanes,
-    )  # fmt: skip
-    chains = laid_out(shapes, mesh, "chain")
-    limit, index = laid_out((jnp.asarray(10.0), jnp.asarray(0)), mesh)
-    return adjoint._segment_all.lower(
-        posterior, sampler, problem, limit, chains, lanes, index, plan, layout, mesh
+    estimator = jp.pathwise(window=4, every=2)
+    found: list[Any] = []
+    # Restrictions select from arrays, which a trace stands in for.
+    jax.eval_shape(
+        lambda p: found.append(estimator.sweep(replace(run, posterior=p), problem)), posterior
     )
+    return lower_chains(
+        run, Nothing(), mesh, group, look=estimator.look(found[0], problem.core),
+        segments=found[0].schedule, antithetic=True,
+    ).look_back  # fmt: skip
+
+
+def abstract_key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def training_step(config: Any, chips: int, model: int, length: int, batch: int) -> Any:
@@ -187,7 +178,7 @@ def training_step(config: Any, chips: int, model: int, length: int, batch: int) 
     state = state._replace(params=posterior.params, optimizer=(adam, *state.optimizer[1:]))
     state = laid_out_missing(state, mesh)
     weighted = Minibatch(posterior.data, posterior.weights)
-    key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    key = laid_out(abstract_key(), mesh)
     bounds = laid_out((jnp.asarray(0), jnp.asarray(1)), mesh)
     return training._advance.lower(run, state, key, weighted, metrics, bounds)
 

@@ -1,10 +1,10 @@
-"""The README's tables of benchmarks, from rows that were measured.
+"""The tables of `docs/benchmarks.md`, from rows that were measured.
 
     python benchmarks/table.py [--rows benchmarks/measured] [--check]
 
 Each benchmark writes `NAME.jsonl` under its `--out`; those in `benchmarks/measured` are the ones
-that the README tells of, between marks `<!-- NAME -->`. With --check nothing is written, and the
-exit status is 1 where the README says something else.
+that the page tells of, between marks `<!-- NAME -->`. With --check nothing is written, and the exit
+status is 1 where the page says something else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 Rows = list[dict[str, Any]]
 
 
@@ -181,7 +181,7 @@ def pathwise(folder: Path) -> list[str]:
 
 
 def benchmarks(folder: Path) -> list[str]:
-    """A line a benchmark."""
+    """One line per benchmark."""
     lines = ["| command | what is compared | found |", "|---|---|---|"]
     for name, (what, describe) in COMPARED.items():
         path, found = folder / f"{name}.jsonl", "not run yet"
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "measured")
     parser.add_argument("--check", action="store_true", help="compare, do not write")
     options = parser.parse_args(arguments)
-    old = new = README.read_text(encoding="utf-8")
+    old = new = PAGE.read_text(encoding="utf-8")
     for name, make in (("pathwise", pathwise), ("benchmarks", benchmarks)):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         before, rest = new.split(begin)
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         new = f"{before}{begin}\n{lines}\n\n{end}{after}"
     if options.check:
         return int(old != new)
-    README.write_text(new, encoding="utf-8")
+    PAGE.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -22,11 +22,12 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -93,23 +94,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     clock.stage(f"1. train on equal parts ({settings.seeds} seeds at once)")
     loss_fn = make_loss_fn(model)
-    data = jnp.concatenate(list(train.values()))
+    data = np.concatenate(list(train.values()))
     seeds = jax.random.split(keys[0], settings.seeds)
-    start = jax.vmap(lambda key: transformer.init(key, model))(seeds)
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
+    start = jax.jit(jax.vmap(partial(transformer.init, config=model)))(seeds)
+    # One optimizer and one function of losses: another object would be compiled again.
+    optimizer = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
+    held_out_losses = make_observable(loss_fn, held_out)
+    losses_of = jax.jit(jax.vmap(held_out_losses))
 
     def train_on(mixture: dict[str, float]) -> tuple[Any, np.ndarray]:
         """Models trained on a mixture, from the same start and in the same order each time."""
         params, _ = jp.train(
-            seeds, loss_fn, start, data, optax.adamw(schedule), num_steps=settings.steps,
+            seeds, loss_fn, start, data, optimizer, num_steps=settings.steps,
             batch_size=settings.batch_size, weights=token_weights(mixture, train),
         )  # fmt: skip
-        losses = jax.jit(jax.vmap(lambda p: jnp.stack([phi(p) for phi in held_out_loss.values()])))
-        return params, np.asarray(losses(params))
+        return params, np.asarray(losses_of(params))
 
-    held_out_loss = {s: jp.mean_loss(loss_fn, held_out[s]) for s in sources}
     models, old_loss = train_on(dict.fromkeys(sources, 1.0))
-    params = jax.tree.map(lambda leaf: leaf[0], models)  # the model to look into
+    params = jax.tree.map(lambda leaf: np.asarray(leaf)[0], models)  # the model to look into
     for name, loss in zip(sources, old_loss[0], strict=True):
         print(f"   held-out loss on {name:12} {loss:.3f} nats a byte")
     lower, hold = choose(args, dict(zip(sources, old_loss[0], strict=True)))
@@ -119,12 +121,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         loss_fn, params, data, nbeta=settings.nbeta, localization=settings.localization
     )
     sampler = jp.sgld(step_size=settings.step_size)
-    response = jp.group_mean(
-        jp.susceptibilities(
-            keys[1], posterior, sampler, settings.measure,
-            observables=held_out_loss, probes=train, estimator=ESTIMATOR,
-        )
+    response = jp.susceptibilities(
+        keys[1], posterior, sampler, settings.measure,
+        observables={"loss": held_out_losses}, probes=train, estimator=ESTIMATOR,
     )  # fmt: skip
+    response = replace(jp.group_mean(response), rows=tuple(sources))  # from loss/0, loss/1, …
     print_response(response)
 
     clock.stage(f"3. the mixture that lowers {lower!r} by {args.by:g} nats and holds {hold!r}")
@@ -155,8 +156,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     realised = realised_shift(
         keys[2], posterior, posterior.reweight(token_weights(mixture, train)), sampler,
-        settings.check, held_out_loss,
+        settings.check, held_out_losses,
     )  # fmt: skip
+    realised = dict(zip(sources, realised, strict=True))
     print("   shift of the expected loss, in 10⁻³ nats")
     print("   source            predicted            realised")
     for name in sources:
@@ -255,8 +257,8 @@ def load_text(args: argparse.Namespace, settings: Settings) -> tuple[dict, dict]
                 available = sum(len(document) // length for document in side)
                 if not available:
                     args.error(f"{name!r} needs files of at least {length} bytes on both sides")
-                windows[name] = jnp.asarray(
-                    text.windows(side, length, min(count, available), seed=args.seed + i)
+                windows[name] = text.windows(
+                    side, length, min(count, available), seed=args.seed + i
                 )
     except ValueError as error:
         args.error(str(error))
@@ -281,37 +283,50 @@ def choose(args: argparse.Namespace, losses: dict[str, float]) -> tuple[str, str
     return lower, args.hold or next(s for s in ranked if s != lower)
 
 
-def token_weights(mixture: dict[str, float], train: dict[str, jax.Array]) -> jax.Array:
+def token_weights(mixture: dict[str, float], train: dict[str, np.ndarray]) -> np.ndarray:
     """One weight for each predicted token, the same within a source."""
-    return jnp.concatenate(
-        [jnp.full((len(train[s]), train[s].shape[1] - 1), mixture[s]) for s in train]
+    return np.concatenate(
+        [np.full((len(train[s]), train[s].shape[1] - 1), mixture[s], np.float32) for s in train]
     )
 
 
-def realised_shift(key, old, new, sampler, plan, observables) -> dict[str, tuple[float, float]]:
+def make_observable(loss_fn, held_out: dict[str, Any]):
+    """The held-out loss on every source, `[K]`: one pass of the model, and not one per source."""
+    windows = jax.device_put(np.concatenate(list(held_out.values())))
+    source = np.repeat(np.arange(len(held_out)), [len(part) for part in held_out.values()])
+    share = (source == np.arange(len(held_out))[:, None]).astype(np.float32)
+    share /= share.sum(axis=1, keepdims=True)
+
+    def held_out_losses(params: Any) -> jax.Array:
+        return share @ loss_fn(params, windows).mean(axis=1)
+
+    return held_out_losses
+
+
+def realised_shift(key, old, new, sampler, plan, observable) -> list[tuple[float, float]]:
     """New minus old expectation, draw by draw of chains that share their random numbers."""
-
-    def observe(params: Any) -> dict[str, jax.Array]:
-        return {name: phi(params) for name, phi in observables.items()}
-
-    before, after = (jp.sample(key, posterior, sampler, plan, observe) for posterior in (old, new))
-    shifts = {
-        name: jp.summarize(after[name] - before[name], num_batches=plan.batches) for name in before
-    }
-    return {name: (float(shift.mean), float(shift.stderr)) for name, shift in shifts.items()}
+    before, after = (
+        np.asarray(jp.sample(key, posterior, sampler, plan, observable)) for posterior in (old, new)
+    )
+    shifts = [
+        jp.summarize((after - before)[..., k], num_batches=plan.batches)
+        for k in range(before.shape[-1])
+    ]
+    return [(float(shift.mean), float(shift.stderr)) for shift in shifts]
 
 
 def print_response(response: jp.Response) -> None:
     """The table nβ q χ: the shift of the row's expected loss when the column's weight doubles."""
     columns = response.rows  # the same sources, in the same order
+    chi, stderr, mass = jax.tree.map(np.asarray, (response.chi, response.stderr, response.mass))
     print("   10⁻³ nats by which the expected loss of the row rises when the weight of the column")
     print("   doubles (nβ q χ), and its standard error")
     print("   " + " " * 13 + "".join(f"{name[:13]:>15}" for name in columns))
     for k, row in enumerate(response.rows):
         cells = []
         for name in columns:
-            factor = 1e3 * float(response.nbeta * response.mass[name])
-            value, error = float(response.chi[name][k]), float(response.stderr[name][k])
+            factor = 1e3 * float(response.nbeta) * float(mass[name])
+            value, error = float(chi[name][k]), float(stderr[name][k])
             cells.append(f"{factor * value:+8.2f} ± {factor * error:<4.2f}")
         print(f"   {row:13}" + "".join(f"{cell:>15}" for cell in cells))
 

@@ -1,3 +1,3 @@
 """The version, where modules can read it without the public face."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -148,6 +148,7 @@ def check_descent(
     """What `train` takes, checked before any step; returns ρ, scaled to sum N."""
     check_params("params", params)
     num_samples = batch_length("data", data)
+    _check_optimizer(run.optimizer, params)
     check_count("num_steps", run.num_steps, minimum=1)
     check_count("batch_size", run.batch_size, minimum=1)
     if run.batch_size > num_samples:
@@ -194,3 +195,22 @@ def check_keys(key: Any) -> int | None:
     if key.ndim > 1:
         raise TypeError(f"key must be one key or keys of shape [S], got shape {key.shape}")
     return None if key.ndim == 0 else key.shape[0]
+
+
+def _check_optimizer(optimizer: Any, params: Params) -> None:
+    """Something with init(params) and update(gradients, state, params)."""
+    wanted = "an optax.GradientTransformation, such as optax.adamw(1e-3)"
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        told = f"{optimizer!r:.40}" if isinstance(optimizer, int | float) else type(optimizer)
+        raise TypeError(f"optimizer must be {wanted}, got {told}")
+
+    def step(params: Params) -> Any:
+        return optimizer.update(params, optimizer.init(params), params)
+
+    try:
+        jax.eval_shape(step, params)
+    except TypeError as error:
+        raise TypeError(
+            f"optimizer must be {wanted}, whose update needs (gradients, state, params) and no "
+            f"more: {error}"
+        ) from error

@@ -34,6 +34,7 @@ from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.record import Trace
 from jaxpattern.chains.run import Run, make_run
 from jaxpattern.diagnostics import numbers_of, on_device, summarize
+from jaxpattern.losses import weighted_mean
 from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
@@ -90,7 +91,7 @@ class PairedExcessLoss(Trace):
         batch, weights = posterior.minibatch(key, batch_size)
         excess = posterior.losses(position_of(state), batch)
         excess = excess - posterior.losses(posterior.centre, batch)
-        return jnp.sum(weights * excess) / weights.shape[0], ()
+        return weighted_mean(excess, weights), ()
 
 
 def llc(

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from jaxpattern.losses import losses_in_chunks
+from jaxpattern.losses import check_loss, check_weights, counted_rows, losses_in_chunks
 from jaxpattern.types import Batch, Losses, LossFn, Params
-from jaxpattern.validation import batch_length, check_count, check_function, check_hashable
+from jaxpattern.validation import (
+    batch_length,
+    check_count,
+    check_function,
+    check_hashable,
+    holds,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +33,7 @@ class MeanLoss:
     chunk: int | None = field(metadata={"static": True})
 
     def __call__(self, params: Params) -> Float[Array, ""]:
-        return _mean(losses_in_chunks(self.loss_fn, params, self.batch, self.chunk), self.weights)
+        return _mean(_losses(self, params), self.weights)
 
     @property
     def num_samples(self) -> int:
@@ -38,7 +45,7 @@ def mean_loss(
     loss_fn: LossFn,
     batch: Batch,
     *,
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
     chunk: int | None = None,
 ) -> MeanLoss:
     """The observable φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a batch.
@@ -46,7 +53,8 @@ def mean_loss(
     Args:
         loss_fn: pure function of parameters and batch that returns `[B]` or `[B, T]` losses.
         batch: pytree of arrays with one leading sample axis.
-        weights: ρ of the shape of the losses; zero excludes. None is all ones.
+        weights: ρ of the shape of the losses; zero excludes, and an excluded loss may be anything,
+            NaN included. None is all ones.
         chunk: samples evaluated at a time, where memory is short.
 
     Raises:
@@ -59,6 +67,12 @@ def mean_loss(
     batch_length("batch", batch)
     if chunk is not None:
         check_count("chunk", chunk, minimum=1)
+    if weights is not None:
+        weights = check_weights("weights", weights, None)
+        if isinstance(weights, np.ndarray):
+            weights = weights / (np.max(np.abs(weights), initial=0.0) or 1.0)
+        if not holds(lambda x: np.sum(np.asarray(x, np.float64)) > 0, weights):
+            raise ValueError("weights must have a positive sum")
     return MeanLoss(batch=batch, weights=weights, loss_fn=loss_fn, chunk=chunk)
 
 
@@ -66,7 +80,7 @@ def mean_losses(
     loss_fn: LossFn,
     batches: Mapping[str, Batch],
     *,
-    weights: Mapping[str, Shaped[Array | np.ndarray, "samples *tokens"]] | None = None,
+    weights: Mapping[str, Shaped[Array | np.ndarray, "samples *tokens"] | list[Any]] | None = None,
     chunk: int | None = None,
 ) -> dict[str, MeanLoss]:
     """One `mean_loss` per batch, under its name: what `susceptibilities` takes as observables.
@@ -104,9 +118,7 @@ class ExcessLoss:
     reference: Float[Array, "samples *tokens"]
 
     def __call__(self, params: Params) -> Float[Array, ""]:
-        mean = self.mean
-        losses = losses_in_chunks(mean.loss_fn, params, mean.batch, mean.chunk) - self.reference
-        return _mean(losses, mean.weights)
+        return _mean(_losses(self.mean, params) - self.reference, self.mean.weights)
 
     @property
     def num_samples(self) -> int:
@@ -119,7 +131,7 @@ def excess_loss(
     batch: Batch,
     params: Params,
     *,
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
     chunk: int | None = None,
 ) -> ExcessLoss:
     """The observable φ(w) = L(w) − L(w*), the standard one of a component.
@@ -132,16 +144,26 @@ def excess_loss(
         chunk: samples evaluated at a time, where memory is short.
     """
     mean = mean_loss(loss_fn, batch, weights=weights, chunk=chunk)
-    return ExcessLoss(mean=mean, reference=losses_in_chunks(loss_fn, params, batch, chunk))
+    return ExcessLoss(mean=mean, reference=_losses(mean, params))
+
+
+def _losses(mean: MeanLoss, params: Params) -> Losses:
+    """The losses of the batch; what is excluded is not evaluated."""
+    batch, weights = mean.batch, mean.weights
+    if weights is not None:
+        shape, _ = check_loss(mean.loss_fn, params, batch, mean.num_samples)
+        if jnp.shape(weights) != shape:
+            raise ValueError(
+                f"weights must have the shape of the losses, {list(shape)}, "
+                f"got {list(jnp.shape(weights))}"
+            )
+        batch = counted_rows(jax.tree.map(jnp.asarray, batch), jnp.asarray(weights))
+    return losses_in_chunks(mean.loss_fn, params, batch, mean.chunk)
 
 
 def _mean(losses: Losses, weights: Array | np.ndarray | None) -> Float[Array, ""]:
-    """Σ ρ ℓ / Σ ρ."""
+    """Σ ρ ℓ / Σ ρ; a loss of weight 0 may be anything, also NaN."""
     if weights is None:
         return jnp.mean(losses)
-    if jnp.shape(weights) != losses.shape:
-        raise ValueError(
-            f"weights must have the shape of the losses, {list(losses.shape)}, "
-            f"got {list(jnp.shape(weights))}"
-        )
-    return jnp.sum(weights * losses) / jnp.sum(weights)
+    weights = jnp.asarray(weights).astype(losses.dtype)
+    return jnp.sum(weights * jnp.where(weights == 0, 0, losses)) / jnp.sum(weights)

@@ -29,7 +29,13 @@ from jaxpattern.rounds import Pattern, Round
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.training import train
 from jaxpattern.types import Batch, Losses, Params
-from jaxpattern.validation import batch_length, check_count, check_function, check_number
+from jaxpattern.validation import (
+    batch_length,
+    check_count,
+    check_function,
+    check_number,
+    own_streams,
+)
 
 _SCALES = 64  # the largest of so many shares of a change that keeps within the budget
 
@@ -109,6 +115,7 @@ def pattern(
             `solve_weights` do, in each round.
     """
     seeds = check_keys(key)
+    key = own_streams(key)
     check_count("num_rounds", num_rounds, minimum=1)
     check_number("min_effective_share", min_effective_share, minimum=0.0)
     if min_effective_share > 1:

@@ -11,13 +11,22 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxpattern import tables
-from jaxpattern.losses import check_finite_losses, check_loss, normalise_weights, widen
+from jaxpattern.losses import (
+    check_finite_gradient,
+    check_finite_losses,
+    check_loss,
+    counted_rows,
+    is_counted,
+    normalise_weights,
+    weighted_mean,
+    widen,
+)
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.runtime.mesh import take
-from jaxpattern.types import Batch, Losses, LossFn, Params, Position
+from jaxpattern.types import Batch, Losses, LossFn, Params, Position, import_blackjax
 from jaxpattern.validation import (
     batch_length,
-    check_function,
+    check_deterministic,
     check_hashable,
     check_number,
     check_params,
@@ -133,15 +142,22 @@ class Posterior:
 
     def loss(self, position: Position, minibatch: Minibatch | None = None) -> Float[Array, ""]:
         """L(w) on all the data, or its unbiased estimate from a mini-batch."""
-        batch, weights = minibatch or Minibatch(self.data, self.weights)
-        return jnp.sum(weights * self.losses(position, batch)) / weights.shape[0]
+        batch, weights = minibatch or self.minibatch(None, None)
+        return weighted_mean(self.losses(position, batch), weights)
 
-    def minibatch(self, key: Key[Array, ""], size: int | None) -> Minibatch:
-        """`size` samples drawn uniformly with replacement; all the data where `size` is None."""
-        if size is None:
-            return Minibatch(self.data, self.weights)
+    def minibatch(self, key: Key[Array, ""] | None, size: int | None) -> Minibatch:
+        """`size` samples drawn uniformly with replacement; all the data where `size` is None.
+
+        In place of a sample that is excluded (all of its weights are 0) stands one that counts,
+        with weights 0: what is excluded is never evaluated.
+        """
+        if size is None or key is None:
+            return Minibatch(counted_rows(self.data, self.weights), self.weights)
+        assert key is not None
         index = jax.random.randint(self.own_key(key), (size,), 0, self.num_samples)
-        return jax.tree.map(lambda x: x[index], Minibatch(self.data, self.weights))
+        weights = self.weights[index]
+        rows = jnp.where(is_counted(weights), index, jnp.argmax(is_counted(self.weights)))
+        return Minibatch(jax.tree.map(lambda x: x[rows], self.data), weights)
 
     def loss_gradient(self, position: Position, minibatch: Minibatch | None = None) -> Position:
         """∇L(w), or its mini-batch estimate."""
@@ -153,30 +169,38 @@ class Posterior:
 
     def drift(self, position: Position, loss_gradient: Position) -> Position:
         """∇ log p(w) = −nβ g − γ (w − w*) for a given gradient g of the loss."""
-        return jax.tree.map(
-            lambda g, w, centre: -self.nbeta * g - self.localization * (w - centre),
-            loss_gradient,
-            position,
-            self.centre,
-        )
+
+        def one(g: Array, w: Array, centre: Array) -> Array:
+            # In the precision of the position, whatever that of the losses.
+            nbeta, gamma = (jnp.asarray(x, w.dtype) for x in (self.nbeta, self.localization))
+            return -nbeta * g - gamma * (w - centre)
+
+        return jax.tree.map(one, loss_gradient, position, self.centre)
 
     def logdensity(self, position: Position) -> Float[Array, ""]:
         """log p(w) up to a constant, on all the data: what a blackjax MCMC kernel takes."""
-        squared = jax.tree.map(lambda w, centre: jnp.sum((w - centre) ** 2), position, self.centre)
-        return -self.nbeta * self.loss(position) - self.localization / 2 * jax.tree.reduce(
-            jnp.add, squared
+        loss = self.loss(position)
+        squared = jax.tree.map(
+            lambda w, centre: jnp.sum((w - centre.astype(w.dtype)) ** 2).astype(loss.dtype),
+            position,
+            self.centre,
         )
+        nbeta, gamma = (jnp.asarray(x, loss.dtype) for x in (self.nbeta, self.localization))
+        return -nbeta * loss - gamma / 2 * jax.tree.reduce(jnp.add, squared)
 
-    def reweight(self, weights: Shaped[Array | np.ndarray, "samples *tokens"] | None) -> Posterior:
+    def reweight(
+        self, weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None
+    ) -> Posterior:
         """The posterior of the same data under weights ρ, of the shape of the losses.
 
         Raises:
             ValueError: the shape is not that of the losses, a weight is not finite, or their sum
                 is not positive.
         """
-        return replace(
-            self, weights=normalise_weights(weights, self.weights.shape, self.weights.dtype)
-        )
+        weights = normalise_weights(weights, self.weights.shape, self.weights.dtype)
+        check_finite_losses(self.loss_fn, self.params, self.data, self.num_samples, weights)
+        check_finite_gradient(self.loss_fn, self.params, self.data, weights)
+        return replace(self, weights=weights)
 
 
 def localized_posterior(
@@ -186,46 +210,55 @@ def localized_posterior(
     *,
     nbeta: float | int | Float[Array, ""],
     localization: float | int | Float[Array, ""],
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
 ) -> Posterior:
-    """The posterior p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²) around trained weights w*.
+    """The localized posterior around trained parameters w*.
+
+        p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²)
 
     Args:
-        loss_fn: pure function of weights and batch that returns `[B]` or `[B, T]` losses in nats;
-            it does not reduce.
-        params: w*, a pytree of floating-point arrays.
+        loss_fn: pure, deterministic function of parameters and batch that returns `[B]` or
+            `[B, T]` losses in nats; it does not reduce, and the loss of a sample does not depend on
+            what else is in the batch (no dropout, no batch statistics).
+        params: w*, a pytree of floating-point arrays, each in one place: what is tied is one leaf
+            that `loss_fn` uses twice.
         data: pytree of arrays with one leading sample axis of length N.
         nbeta: inverse temperature nβ > 0, in inverse units of the loss.
         localization: γ ≥ 0, a precision in inverse squared units of the weights.
-        weights: ρ of the shape of the losses, `[N]` or `[N, T]`; zero excludes (padding). None is
-            ρ = 1. Weights may be negative as long as their sum is positive.
+        weights: ρ of the shape of the losses, `[N]` or `[N, T]`; zero excludes (padding), and an
+            excluded loss may be anything, NaN included. None is ρ = 1. Weights may be negative as
+            long as their sum is positive.
 
     Returns:
         A `Posterior`.
 
     Raises:
-        TypeError: parameters are not floating point, or the loss is not.
-        ValueError: the loss is reduced, has another leading axis than the batch, or is not finite
-            at w* (looked at on the first 1024 samples); the data are empty or ragged; nβ or γ is
-            out of range; the weights do not fit.
+        TypeError: parameters are not floating point, or the loss is not; the loss takes a key.
+        ValueError: the loss is reduced, has another leading axis than the batch, is not finite
+            at w* (looked at on the first 1024 samples), or depends on the company of a sample (the
+            first 64); two leaves of the parameters are one array; the data are empty or ragged; nβ
+            or γ is out of range; the weights do not fit.
 
     References:
         Lau et al. 2023, arXiv 2308.12108, eq. 16; Baker et al. 2025, arXiv 2504.18274.
     """
-    check_function("loss_fn", loss_fn, "a function of (params, batch)", num_arguments=2)
+    check_deterministic("loss_fn", loss_fn)
     check_hashable("loss_fn", loss_fn)
     check_params("params", params)
     num_samples = batch_length("data", data)
     check_number("nbeta", nbeta, minimum=0.0, exclusive=True)
     check_number("localization", localization, minimum=0.0)
+    import_blackjax()  # arrays are here, so a backend is up: the samplers need it soon
     params, data, weights = take((params, data, weights))
     params, data = jax.tree.map(jnp.asarray, (params, data))
     shape, dtype = check_loss(loss_fn, params, data, num_samples)
-    check_finite_losses(loss_fn, params, data, num_samples)
+    weights = normalise_weights(weights, shape, dtype)
+    check_finite_losses(loss_fn, params, data, num_samples, weights, alone=True)
+    check_finite_gradient(loss_fn, params, data, weights)
     return Posterior(
         params=params,
         data=data,
-        weights=normalise_weights(weights, shape, dtype),
+        weights=weights,
         nbeta=jnp.asarray(nbeta, dtype),
         localization=jnp.asarray(localization, dtype),
         restriction=None,

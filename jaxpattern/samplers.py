@@ -13,7 +13,6 @@ state` as the stochastic-gradient kernels of blackjax (bind their step size), or
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -22,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxpattern.posterior import Posterior, Target
 from jaxpattern.types import Position, SamplingAlgorithm
+from jaxpattern.types import import_blackjax as import_blackjax
 from jaxpattern.validation import as_pytree_function, check_number, is_concrete
 
 Noise = Literal["flat", "leaf"]
@@ -43,7 +43,9 @@ class Sampler:
         gradients_per_step: loss gradients a step asks the posterior for; None: not known. A chain
             can be differentiated where it is one.
         relaxation_steps: function of posterior and settings that gives the steps in which a chain
-            forgets a direction of precision γ by a factor e, or None; itself None: not known.
+            forgets a direction of precision γ by a factor e, or None; itself None: not known. Where
+            it has been measured the root mean square of the loss gradient is among the settings,
+            as `"gradient"`.
         step_scale: function of state and settings that gives the standard deviation of the random
             part of a step, a number or one for each parameter; None: not known.
         name: what it is called.
@@ -68,7 +70,7 @@ class Sampler:
         """What is bound to the algorithm by name."""
         return dict(getattr(self.algorithm, "keywords", {}))
 
-    def relaxation(self, posterior: Posterior) -> float | None:
+    def relaxation(self, posterior: Posterior, gradient: float | None = None) -> float | None:
         """Steps in which a chain forgets a flat direction (one of precision γ) by a factor e.
 
         None where it is not known: another sampler, γ = 0, or settings that are being traced.
@@ -76,7 +78,8 @@ class Sampler:
         known = all(map(is_concrete, jax.tree.leaves((posterior.localization, self.settings))))
         if self.relaxation_steps is None or not known or float(posterior.localization) == 0:
             return None
-        return self.relaxation_steps(posterior, self.settings)
+        measured = {} if gradient is None else {"gradient": gradient}
+        return self.relaxation_steps(posterior, self.settings | measured)
 
     def __repr__(self) -> str:
         inside = (f"{k}={_show(v)}" for k, v in self.settings.items())
@@ -128,15 +131,6 @@ def _show(value: Any) -> str:
     return f"{float(value):g}" if single else str(value)
 
 
-def import_blackjax() -> Any:
-    """blackjax, which computes when it is imported: not before it is used, nor within a trace.
-
-    A backend of JAX that has started cannot be joined to other processes any more.
-    """
-    with jax.ensure_compile_time_eval():
-        return importlib.import_module("blackjax")
-
-
 def sgld(*, step_size: float | Float[Array, ""], noise: Noise = "flat") -> Sampler:
     """Stochastic gradient Langevin dynamics, w ← w − (ε/2)[nβ ∇L_B(w) + γ(w − w*)] + √ε ξ.
 
@@ -184,14 +178,18 @@ def _noise_of(noise: str, flat: Any, leaf: Any) -> Any:
 def _sgld(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
     blackjax = import_blackjax()
     kernel = blackjax.sgld.build_kernel()
+    step_size = _narrow(posterior, step_size)
 
     def step(key: Key[Array, ""], position: Position, minibatch: Any) -> Position:
-        return kernel(key, position, posterior.grad_estimator, minibatch, step_size / 2)
+        new = kernel(key, position, posterior.grad_estimator, minibatch, step_size / 2)
+        return _cast_like(new, position)
 
     return SamplingAlgorithm(_at_position, step)
 
 
 def _sgld_by_leaf(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
+    step_size = _narrow(posterior, step_size)
+
     def step(key: Key[Array, ""], position: Position, minibatch: Any) -> Position:
         drift = posterior.grad_estimator(position, minibatch)
 
@@ -201,6 +199,16 @@ def _sgld_by_leaf(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
         return jax.tree.map(move, position, drift, noise_by_leaf(key, position))
 
     return SamplingAlgorithm(_at_position, step)
+
+
+def _narrow(posterior: Target, setting: Any) -> Array:
+    """A setting in the precision of the position: one of float64 would widen what it moves."""
+    return jnp.asarray(setting, jnp.result_type(*jax.tree.leaves(posterior.centre)))
+
+
+def _cast_like(new: PyTree[Array], old: PyTree[Array]) -> PyTree[Array]:
+    """The new state in the dtypes of the old: with x64, blackjax draws float64 for any position."""
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
 
 
 def _at_position(position: Position, rng_key: Key[Array, ""] | None = None) -> Position:
@@ -219,7 +227,7 @@ def noise_by_leaf(key: Key[Array, ""], position: Position) -> Position:
 
 def noise_flat(key: Key[Array, ""], position: Position) -> Position:
     """ξ ~ N(0, 1) as blackjax draws it, one vector for the whole position: one small program."""
-    return import_blackjax().util.generate_gaussian_noise(key, position)
+    return _cast_like(import_blackjax().util.generate_gaussian_noise(key, position), position)
 
 
 class RmspropState(NamedTuple):
@@ -284,8 +292,10 @@ def rmsprop_sgld(
 
 
 def _preconditioned(posterior: Posterior, settings: dict[str, Any]) -> float:
-    """2 / (εγ) with the effective step ε / 2e, where gradients are of the size of `stability`."""
-    step = float(settings["step_size"]) / (2 * float(settings["stability"]))
+    """2 / (ε_t γ) with ε_t = ε / (√v̂ + e), √v̂ the measured size of gradients, or e without one."""
+    stability = float(settings["stability"])
+    root = float(settings.get("gradient", stability))
+    step = float(settings["step_size"]) / (root + stability)
     return 2 / (step * float(posterior.localization))
 
 
@@ -322,12 +332,23 @@ def _rmsprop(
     def step(key: Key[Array, ""], state: RmspropState, minibatch: Any) -> RmspropState:
         position, square, num_steps = state
         gradient = posterior.loss_gradient(position, minibatch)
-        square = jax.tree.map(lambda v, g: decay * v + (1 - decay) * g**2, square, gradient)
-        correction = 1 - decay ** (num_steps + 1.0) if kind.bias_correction else 1.0
 
+        def average(v: Array, g: Array) -> Array:
+            kept = jnp.asarray(decay, v.dtype)
+            return kept * v + (1 - kept) * g**2
+
+        square = jax.tree.map(average, square, gradient)
+
+        # In the precision of the position, whatever that of the losses and the settings.
         def move(w: Array, g: Array, v: Array, w0: Array, xi: Array) -> Array:
-            step = step_size / (_root(v / correction) + stability)
-            drift = posterior.nbeta * g + posterior.localization * (w - w0)
+            nbeta, gamma, size, small, kept = (
+                jnp.asarray(x, w.dtype)
+                for x in (posterior.nbeta, posterior.localization, step_size, stability, decay)
+            )
+            if kind.bias_correction:
+                v = v / (1 - kept ** (num_steps.astype(w.dtype) + 1))
+            step = size / (_root(v) + small)
+            drift = nbeta * g + gamma * (w - w0)
             return w - step / 2 * drift + jnp.sqrt(step) * xi
 
         noise = kind.noise(key, position)
@@ -344,7 +365,10 @@ def _root(v: Array) -> Array:
 
 
 def sgnht(
-    *, step_size: float | Float[Array, ""], friction: float | Float[Array, ""] = 1.0
+    *,
+    step_size: float | Float[Array, ""],
+    friction: float | Float[Array, ""] = 1.0,
+    noise: Noise = "flat",
 ) -> Sampler:
     """Stochastic gradient Nosé-Hoover thermostat: momentum with a friction that adapts.
 
@@ -357,6 +381,7 @@ def sgnht(
     Args:
         step_size: ε > 0, in squared units of the parameters.
         friction: α > 0, per unit of the time h.
+        noise: as in `sgld`.
 
     Returns:
         A sampler.
@@ -367,7 +392,7 @@ def sgnht(
     check_number("step_size", step_size, minimum=0.0, exclusive=True)
     check_number("friction", friction, minimum=0.0, exclusive=True)
     return Sampler(
-        Partial(_sgnht, step_size=step_size, friction=friction),
+        Partial(_noise_of(noise, _sgnht, _sgnht_by_leaf), step_size=step_size, friction=friction),
         gradients_per_step=1,
         relaxation_steps=_underdamped,
         step_scale=_momentum_scale,
@@ -389,14 +414,42 @@ def _underdamped(posterior: Posterior, settings: dict[str, Any]) -> float:
 
 def _sgnht(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
     blackjax = import_blackjax()
+    friction, step_size = _narrow(posterior, friction), _narrow(posterior, step_size)
     kernel = blackjax.sgnht.build_kernel(alpha=friction)
 
     def init(position: Position, rng_key: Key[Array, ""]) -> Any:
-        return blackjax.sgnht.init(position, rng_key, jnp.asarray(friction, float))
+        state = blackjax.sgnht.init(position, rng_key, friction)
+        return state._replace(momentum=_cast_like(state.momentum, position))
 
     def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
         h = jnp.sqrt(step_size / 2)
-        return kernel(key, state, posterior.grad_estimator, minibatch, h)
+        return _cast_like(kernel(key, state, posterior.grad_estimator, minibatch, h), state)
+
+    return SamplingAlgorithm(init, step)
+
+
+def _sgnht_by_leaf(posterior: Target, *, step_size: Any, friction: Any) -> SamplingAlgorithm:
+    """The same steps with η and the first momentum drawn leaf by leaf."""
+    blackjax = import_blackjax()
+
+    def init(position: Position, rng_key: Key[Array, ""]) -> Any:
+        momentum = noise_by_leaf(rng_key, position)
+        return blackjax.sgmcmc.sgnht.SGNHTState(position, momentum, jnp.asarray(friction, float))
+
+    def step(key: Key[Array, ""], state: Any, minibatch: Any) -> Any:
+        h = jnp.sqrt(step_size / 2)
+        keep, scale = 1 - state.xi * h, jnp.sqrt(2 * friction * h)
+        force = posterior.grad_estimator(state.position, minibatch)
+        position = jax.tree.map(lambda w, p: w + h * p, state.position, state.momentum)
+        momentum = jax.tree.map(
+            lambda p, g, eta: keep * p + h * g + scale * eta,
+            state.momentum,
+            force,
+            noise_by_leaf(key, state.momentum),
+        )
+        squares = sum(jnp.sum(p**2) for p in jax.tree.leaves(momentum))
+        dimension = sum(p.size for p in jax.tree.leaves(momentum))
+        return type(state)(position, momentum, state.xi + h * (squares / dimension - 1))
 
     return SamplingAlgorithm(init, step)
 
@@ -421,4 +474,14 @@ def mala(*, step_size: float | Float[Array, ""]) -> Sampler:
 
 
 def _mala(posterior: Posterior, *, step_size: Any) -> SamplingAlgorithm:
-    return SamplingAlgorithm(*import_blackjax().mala(posterior.logdensity, step_size / 2))
+    step_size = _narrow(posterior, step_size)
+    # With x64 the proposal is float64, and so must be all that is compared with it.
+    wide = jnp.promote_types(step_size.dtype, jnp.result_type(float))
+    inner = import_blackjax().mala(lambda w: posterior.logdensity(w).astype(wide), step_size / 2)
+
+    def step(key: Key[Array, ""], state: Any) -> tuple[Any, Any]:
+        widened = jax.tree.map(lambda x: x.astype(wide), state)
+        new, info = inner.step(key, widened)
+        return _cast_like(new, state), info
+
+    return SamplingAlgorithm(inner.init, step)

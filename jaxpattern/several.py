@@ -46,6 +46,7 @@ class Chi:
     estimator: Estimator | None = None
     components: Mapping[str, Restriction] | Iterable[tuple[str, Restriction]] | None = None
     reference: Batch | None = None
+    probe_weights: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ def measure(
             estimators[name] = choose_estimator(run, what.estimator)
             problems[name] = make_problem(
                 run, probes=what.probes, observables=what.observables, reference=what.reference,
-                components=what.components,
+                components=what.components, probe_weights=what.probe_weights,
             )  # fmt: skip
     shared = {
         name: _recorder(what, run, problems.get(name), estimators.get(name))

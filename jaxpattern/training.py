@@ -31,7 +31,7 @@ from jaxpattern.runtime.mesh import (
     take,
 )
 from jaxpattern.types import Batch, Losses, Params
-from jaxpattern.validation import as_pytree_function, is_concrete, num_required
+from jaxpattern.validation import as_pytree_function, is_concrete, num_required, own_streams
 
 
 class History(NamedTuple):
@@ -79,7 +79,7 @@ def train(
     *,
     num_steps: int,
     batch_size: int,
-    weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
+    weights: Shaped[Array | np.ndarray, "samples *tokens"] | list[Any] | None = None,
     weighting: Literal["loss", "sampling"] = "loss",
     metrics: Callable[[Params], PyTree[Array]] | None = None,
     record_every: int | None = None,
@@ -127,6 +127,7 @@ def train(
         TypeError, ValueError: an argument does not fit.
     """
     seeds = check_keys(key)
+    key = own_streams(key)
     mesh = resolve_mesh(mesh)
     params, data, weights, given = take((params, data, weights, optimizer_state))
     run = Descent(
@@ -135,7 +136,7 @@ def train(
     )  # fmt: skip
     data = jax.tree.map(jnp.asarray, data)
     weighted = Minibatch(data, check_descent(run, seeds, params, data, weights, given))
-    metrics = as_pytree_function(metrics if metrics is not None else lambda _: {})
+    metrics = as_pytree_function(_no_metrics if metrics is None else metrics)
     one = params if seeds is None else jax.tree.map(lambda x: x[0], params)
     with host_for(
         "train", checkpoint=checkpoint, mesh=mesh, progress=progress,
@@ -167,6 +168,11 @@ def train(
         warnings.warn(_cause(run, state, seeds, one, weighted), stacklevel=2)
     history = History(state.loss, state.step, state.metrics, state.skipped, state.optimizer)
     return state.params, history
+
+
+def _no_metrics(params: Params) -> PyTree[Array]:
+    """One function for all calls, so that a second run compiles nothing again."""
+    return {}
 
 
 def _mean_loss(state: _State, a: int, b: int) -> str:
@@ -277,7 +283,7 @@ def _steps(
             loss=state.loss.at[t].set(stepped.loss.astype(state.loss.dtype)),
             step=steps,
             metrics=records,
-            skipped=state.skipped + ~stepped.finite,
+            skipped=state.skipped + (~stepped.finite).astype(jnp.int32),
         )
 
     return jax.lax.fori_loop(start, stop, step, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Key
 
 
 def is_concrete(value: Any) -> bool:
@@ -52,6 +54,29 @@ def check_key(key: Any) -> None:
         raise TypeError(f"key must be one key, got an array of keys of shape {key.shape}")
 
 
+@jax.jit
+def _threefry(key: Key[Array, "*seeds"]) -> Key[Array, "*seeds"]:
+    words = jax.random.key_data(key).reshape(*key.shape, -1)
+    mixed = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
+    fold = jax.random.fold_in
+    for _ in range(key.ndim):
+        fold = jax.vmap(fold)
+    for i in range(2, words.shape[-1]):
+        mixed = fold(mixed, words[..., i])
+    return mixed
+
+
+def own_streams(key: Key[Array, "*seeds"]) -> Key[Array, "*seeds"]:
+    """The key, or a threefry key made of it.
+
+    `rbg` draws the numbers of all lanes of a vmap from the first key, and the `fold_in` of
+    `unsafe_rbg` commutes: chains would share their noise, and depend on how many run together.
+    """
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    return _threefry(key)
+
+
 def check_number(name: str, value: Any, *, minimum: float, exclusive: bool = False) -> None:
     """A real scalar, at least (or above) the minimum, and finite."""
     known = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
@@ -89,6 +114,20 @@ def check_function(name: str, value: Any, wanted: str, *, num_arguments: int) ->
     except TypeError as error:
         given = getattr(value, "__name__", type(value).__name__)
         raise TypeError(f"{name} must be {wanted}, got {given}{signature}: {error}") from None
+
+
+def check_deterministic(name: str, loss_fn: Any) -> None:
+    """A loss of (params, batch), without a key."""
+    wanted = "a function of (params, batch)"
+    if callable(loss_fn) and num_required(loss_fn) == 3:
+        given = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(
+            f"{name} must be {wanted}, got {given}{inspect.signature(loss_fn)}. A chain needs a "
+            "loss that is a function of the parameters alone; if the third argument is a key for "
+            "dropout or the like, switch that off: lambda params, batch: "
+            "loss_fn(params, batch, None) with the model in its deterministic mode"
+        )
+    check_function(name, loss_fn, wanted, num_arguments=2)
 
 
 def check_hashable(name: str, value: Any) -> None:
@@ -137,33 +176,100 @@ def check_names(name: str, given: Iterable[str], known: Collection[str]) -> None
 
 
 def check_params(name: str, params: Any) -> None:
-    """A non-empty pytree of finite floating-point arrays."""
+    """A non-empty pytree of finite floating-point arrays, each in one place."""
+    _check_no_module(name, params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(f"{name} is an empty pytree; there is nothing to sample")
+    seen: dict[int, str] = {}
     for path, leaf in leaves:
-        where = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(f"{where} must be an array, got {type(leaf).__name__}")
+        where = _where(name, path)
+        _check_array(where, leaf, "an array")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{where} must be floating point, got {leaf.dtype}")
-        if not holds(lambda x: jnp.all(jnp.isfinite(x)), leaf):
-            raise ValueError(f"{where} holds values that are not finite")
+        if jnp.finfo(leaf.dtype).bits < 16:
+            raise TypeError(
+                f"{where} must have at least 16 bits to be moved, got {leaf.dtype}; give it as "
+                "bfloat16 and narrow it inside loss_fn"
+            )
+        if seen.setdefault(id(leaf), where) != where:
+            raise ValueError(
+                f"{where} and {seen[id(leaf)]} are one and the same array, and would move apart. "
+                "Where they are tied, keep one of the two leaves and use it twice in loss_fn; "
+                "where they are not, give one as a copy, jnp.copy(x)"
+            )
+    known = [(path, leaf) for path, leaf in leaves if is_concrete(leaf)]
+    with jax.ensure_compile_time_eval():
+        finite = np.asarray(_all_finite([leaf for _, leaf in known])) if known else np.ones(0)
+    for (path, _), fine in zip(known, finite, strict=True):
+        if not fine:
+            raise ValueError(f"{_where(name, path)} holds values that are not finite")
+
+
+def _check_no_module(name: str, params: Any) -> None:
+    """An `nnx.Module` holds more than parameters, and cannot be told from its state."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Module))
+    for node in nodes:
+        if isinstance(node, nnx.Module):
+            raise TypeError(
+                f"{name} must be a pytree of arrays, got the nnx.Module {type(node).__name__}; "
+                "split it (in its evaluation mode):\n"
+                "    graphdef, params, rest = nnx.split(model, nnx.Param, ...)\n"
+                "    pure_loss = lambda params, batch: "
+                "loss_fn(nnx.merge(graphdef, params, rest), batch)"
+            )
+
+
+def _where(name: str, path: Any) -> str:
+    return f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip("/")
+
+
+def _check_array(where: str, leaf: Any, wanted: str) -> None:
+    """An array of JAX or NumPy that can be computed with."""
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        kind = f"{type(leaf).__module__}.{type(leaf).__name__}"
+        told = f"{leaf!r:.60}" if wanted != "an array" and np.isscalar(leaf) else kind
+        raise TypeError(f"{where} must be {wanted}, got {told.removeprefix('builtins.')}")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(
+            f"{where} must be {wanted}, got a masked array; fill it, x.filled(0), and say what is "
+            "masked by weights of 0"
+        )
+    # What JAX adds to NumPy (bfloat16, float8 …) is of kind V, as records are.
+    other = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMmV"
+    if other and not jnp.issubdtype(leaf.dtype, np.number):
+        raise TypeError(f"{where} must hold numbers, got dtype {leaf.dtype}")
+    if isinstance(leaf, jax.Array) and is_concrete(leaf) and leaf.is_deleted():
+        raise ValueError(
+            f"{where} has been deleted (donated to an earlier call); keep a copy of it"
+        )
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> jax.Array:
+    """Of each array, in one program and not two for each shape."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
 
 
 def batch_length(name: str, batch: Any) -> int:
     """The length of the leading axis that all arrays of a batch share."""
+    several = isinstance(batch, list) and len(batch) > 1 and not any(map(_is_array, batch))
+    if several and len({jax.tree.structure(x) for x in batch}) == 1 and jax.tree.leaves(batch):
+        raise TypeError(
+            f"{name} must be one pytree of arrays with a leading sample axis, got a list of "
+            f"{len(batch)} samples; stack them: jax.tree.map(lambda *x: np.stack(x), *{name})"
+        )
+    sparse = sys.modules.get("jax.experimental.sparse")
+    kept = None if sparse is None else lambda node: isinstance(node, sparse.JAXSparse)
     lengths: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        where = f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip("/")
-        if not hasattr(leaf, "shape") or isinstance(leaf, np.generic):
-            raise TypeError(
-                f"{where} must be an array with a leading sample axis, got {leaf!r:.80}"
-            )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch, is_leaf=kept):
+        where = _where(name, path)
+        _check_array(where, leaf, "an array with a leading sample axis")
         if leaf.ndim == 0:
             raise ValueError(f"{where} must have a leading sample axis, got a scalar")
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
-            raise TypeError(f"{where} must hold numbers, got dtype {leaf.dtype}")
         lengths[where] = leaf.shape[0]
     if not lengths:
         raise ValueError(f"{name} is an empty pytree; it holds no samples")
@@ -173,3 +279,7 @@ def batch_length(name: str, batch: Any) -> int:
     if length == 0:
         raise ValueError(f"{name} holds no samples")
     return length
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") or np.isscalar(value)

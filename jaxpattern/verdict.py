@@ -137,7 +137,7 @@ def disagree(slope: float, error: float, groups: float) -> bool:
     if not (np.isfinite(slope) and error > 0) or groups < 3:
         return False
     limit = scipy.stats.t.isf(_RARE, groups - 1) * error
-    return abs(slope - 1) > max(SLOPE, float(limit))
+    return bool(abs(slope - 1) > max(SLOPE, float(limit)))
 
 
 def say(title: str, findings: Sequence[tuple[str, Sequence[str]]]) -> str:

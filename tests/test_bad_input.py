@@ -16,9 +16,12 @@ from jaxtyping import config
 import jaxpattern as jp
 
 KEY = jax.random.key(0)
-PARAMS = {"a": jnp.array([0.1, 0.2, 0.3]), "b": jnp.ones((2, 3))}
-DATA = {"x": jnp.linspace(-1.0, 1.0, 21).reshape(7, 3), "y": jnp.zeros(7)}
-BAD_ROW = {"x": DATA["x"].at[4, 1].set(jnp.nan), "y": DATA["y"]}
+# NumPy makes arrays that compile nothing when tests are collected.
+ROWS = np.linspace(-1.0, 1.0, 21, dtype=np.float32).reshape(7, 3)
+ONES = np.ones((2, 3), np.float32)
+PARAMS = jax.device_put({"a": np.array([0.1, 0.2, 0.3], np.float32), "b": ONES})
+DATA = jax.device_put({"x": ROWS, "y": np.zeros(7, np.float32)})
+BAD_ROW = jax.device_put({"x": np.where(ROWS[4, 1] == ROWS, np.nan, ROWS), "y": DATA["y"]})
 ALL = jp.by_path("*")
 
 

@@ -16,6 +16,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import blackjax  # which computes two constants when it is imported
 import jaxpattern as jp
 
@@ -42,7 +43,7 @@ PLAN = dict(num_chains=2, num_burnin=3, num_draws=6, thin=2, batch_size=4, num_b
 probes = {"p": jnp.asarray(rows[:5])}
 observables = {"a": jp.mean_loss(loss, jnp.asarray(rows[:4]))}
 estimators = {"pathwise": jp.pathwise(window=4), "covariance": jp.covariance()}
-key = jax.random.key(1)
+keys = list(jax.random.split(jax.random.key(1), 50))  # made before anything is counted
 found = {}
 
 
@@ -54,18 +55,30 @@ def compiles(name, function, *arguments, **changes):
 
 def chi(estimator, plan):
     return jp.susceptibilities(
-        jax.random.clone(key), posterior, sampler, plan, probes=probes, observables=observables,
+        keys.pop(), posterior, sampler, plan, probes=probes, observables=observables,
         estimator=estimators[estimator], progress=False,
     )
 
 
 def sample(plan):
     observe = lambda params: params["a"]
-    return jp.sample(jax.random.clone(key), posterior, sampler, plan, observe, progress=False)
+    return jp.sample(keys.pop(), posterior, sampler, plan, observe, progress=False)
 
 
 def llc(plan):
-    return jp.llc(jax.random.clone(key), posterior, sampler, plan, progress=False)
+    return jp.llc(keys.pop(), posterior, sampler, plan, progress=False)
+
+
+optimizer = optax.adam(1e-2)
+
+
+def train(plan, number):
+    weights = np.arange(1.0, 13.0, dtype=np.float32) + number
+    found = jp.train(
+        keys.pop(), loss, params, jnp.asarray(rows), optimizer, num_steps=5,
+        batch_size=4, weights=weights, progress=False,
+    )
+    return found[0]
 
 
 CHANGES = dict(num_burnin=4, num_batches=3, thin=3, num_draws=7)
@@ -77,6 +90,8 @@ for estimator in estimators:
 compiles("sample", sample)
 compiles("llc", llc)
 compiles("llc: num_burnin", llc, num_burnin=0)
+for number in (0, 1):
+    compiles(f"train: {number}", lambda plan: train(plan, number))
 print(json.dumps(found))
 """
 
@@ -124,3 +139,8 @@ def test_the_step_of_the_sampler_is_in_one_program(compiled):
     for driver in ("sample", "llc"):
         found = [name for name in compiled[driver] if name in WITH_THE_MODEL]
         assert sorted(found) == ["advance", "start"], compiled[driver]
+
+
+def test_training_on_other_weights_compiles_nothing(compiled):
+    assert "_advance" in compiled["train: 0"]
+    assert compiled["train: 1"] == []

@@ -341,6 +341,36 @@ def test_streamed_estimates_are_those_of_the_whole_trace():
         assert grouped.mass[name] == pytest.approx({"first": 4 / 6, "rest": 2 / 6}[name])
 
 
+def test_an_observable_of_several_rows():
+    """Losses as observables: χ is their covariance with each other, in float64 from all draws."""
+    plan = jp.Plan(num_chains=4, num_burnin=0, num_draws=60, thin=2, num_batches=3)
+    posterior, key = quadratic_posterior(), jax.random.key(4)
+    observables = {"loss": lambda params: quadratic_loss(params, PROBES["first"]), **PHI}
+    response = susceptibilities(
+        key, posterior, SAMPLER, plan, probes=PROBES, observables=observables, progress=False
+    )
+    assert response.rows == ("loss/0", "loss/1", "loss/2", "loss/3", "phi0", "phi1", "phi2")
+    trace = jp.sample(key, posterior, SAMPLER, plan, flat, progress=False)
+    w = np.asarray(trace, np.float64).reshape(-1, DIMENSION)
+    losses = np.stack([gaussian.evaluate(LOSSES, x) for x in w])
+    phi = np.stack([gaussian.evaluate(OBSERVABLES, x) for x in w])
+    level = losses.mean(axis=1, keepdims=True)
+    rows = np.concatenate([losses[:, :4], phi], axis=1)
+    covariance = np.cov(rows.T, (losses - level).T)[:7, 7:]
+    np.testing.assert_allclose(concatenate(response.chi), -covariance, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(response.mean, rows.mean(0), rtol=1e-5)
+    # Row by row what one function per loss gives.
+    single_rows = {
+        f"l{k}": lambda params, k=k: quadratic_loss(params, PROBES["first"])[k] for k in range(4)
+    }
+    apart = susceptibilities(
+        key, posterior, SAMPLER, plan, probes=PROBES, observables=single_rows, progress=False
+    )
+    np.testing.assert_allclose(
+        concatenate(apart.stderr), concatenate(response.stderr)[:4], rtol=1e-4, atol=1e-6
+    )
+
+
 def test_group_mean_takes_the_shares_of_the_data(full_response):
     grouped = jp.group_mean(full_response, {"first": 1.0, "rest": 3.0})
     assert grouped.mass["first"] == pytest.approx(0.25)

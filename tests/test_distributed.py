@@ -228,8 +228,12 @@ def free_loss(params, batch):
 
 @pytest.mark.parametrize(
     "sampler",
-    [jp.sgld(step_size=1e-3, noise="leaf"), jp.rmsprop_sgld(step_size=1e-3, noise="leaf")],
-    ids=["sgld", "rmsprop_sgld"],
+    [
+        jp.sgld(step_size=1e-3, noise="leaf"),
+        jp.rmsprop_sgld(step_size=1e-3, noise="leaf"),
+        jp.sgnht(step_size=1e-3, noise="leaf"),
+    ],
+    ids=["sgld", "rmsprop_sgld", "sgnht"],
 )
 def test_noise_is_drawn_where_parameters_lie(sampler):
     mesh = on(8, chain=2, model=4)

@@ -53,9 +53,8 @@ def _build(posterior, *, step_size, scale):
         force = posterior.grad_estimator(state.position, minibatch)
         leaves, treedef = jax.tree.flatten(state.position)
         keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
-        xi = jax.tree.unflatten(
-            treedef, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
-        )
+        xi = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
+        xi = jax.tree.unflatten(treedef, xi)
         move = lambda w, f, s, x: w + step_size * s / 2 * f + jnp.sqrt(step_size * s) * x
         return State(jax.tree.map(move, state.position, force, state.scale, xi), state.scale)
 
@@ -167,7 +166,7 @@ def chi(sampler=SAMPLER, estimator=None, **settings):
 
 
 def test_a_sampler(module):
-    """At scale 1 it is SGLD, and its relaxation time gives the pathwise estimator its window."""
+    """At one scale for all it is SGLD; its relaxation time gives the pathwise sweep its window."""
     scaled_sgld = module("my_sampler", SAMPLER_FILE).scaled_sgld
     ones = jax.tree.map(jnp.ones_like, posterior().centre)
     mine = scaled_sgld(step_size=0.1, scale=ones)
@@ -181,9 +180,11 @@ def test_a_sampler(module):
     got, wanted = chi(mine), chi(theirs)  # γ = 10: two steps
     assert got.estimator == wanted.estimator == "pathwise (adjoint, window 12)"
     chex.assert_trees_all_close(got.chi, wanted.chi, atol=1e-6)
-    slow = scaled_sgld(step_size=0.1, scale=jax.tree.map(lambda x: x / 100, ones))
-    moved = run(jax.random.key(3), posterior(), slow) - weights_of(posterior().params)[None, None]
-    assert float(jnp.abs(moved).max()) < 0.2
+    slow = scaled_sgld(step_size=0.1, scale=jax.tree.map(lambda x: x / 10, ones))
+    chex.assert_trees_all_close(
+        run(jax.random.key(3), posterior(), slow),
+        run(jax.random.key(3), posterior(), jp.sgld(step_size=0.01, noise="leaf")), atol=1e-6,
+    )  # fmt: skip
 
 
 def test_an_estimator(module):

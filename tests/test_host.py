@@ -4,6 +4,7 @@ import io
 import time
 from functools import partial
 
+import checkpoint_program as program
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,3 +211,14 @@ def test_lanes_go_on_on_other_devices(count, tmp_path):
         same(data(got), data(wanted))
         if mesh is not None:
             assert got["x"].sharding == NamedSharding(mesh, PartitionSpec("chain"))
+
+
+def test_bits_are_those_without_the_cache_of_programs():
+    """The tests read programs back from a folder; a compiler that starts afresh gives the same."""
+    cached = program.sample()
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        jax.clear_caches()
+        same(program.sample(), cached)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)

@@ -85,7 +85,7 @@ def test_layouts_of_other_libraries(kind):
     ]
     parts = jp.components(found, ["l0h1", "1:3"])
     assert jax.tree.structure(parts["l0h1"]) == jax.tree.structure(parts["l1h3"])
-    mask = jp.coordinates(parts["l1h3"], params)
+    mask = jp.restriction_mask(parts["l1h3"], params)
     flat = {
         jax.tree_util.keystr(p, simple=True, separator="/"): m
         for p, m in jax.tree_util.tree_leaves_with_path(mask)
@@ -108,8 +108,8 @@ def test_layouts_of_other_libraries(kind):
             leaf,
             np.moveaxis(np.broadcast_to(expected, np.moveaxis(leaf, axis, -1).shape), -1, axis),
         )
-    layer = jp.coordinates(jp.component(found, "l0"), params)
-    mlp = jp.coordinates(jp.component(found, ["l0 mlp", "l1 mlp"]), params)
+    layer = jp.restriction_mask(jp.component(found, "l0"), params)
+    mlp = jp.restriction_mask(jp.component(found, ["l0 mlp", "l1 mlp"]), params)
     assert (
         sum(m.sum() for m in jax.tree.leaves(layer))
         == sum(x.size for x in jax.tree.leaves(params)) // 2 - 28

@@ -15,7 +15,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 def mask_of(model, name):
     """Path → indices of the parameters that a part is."""
-    mask = jp.coordinates(jp.component(model, name), model.params)
+    mask = jp.restriction_mask(jp.component(model, name), model.params)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(mask)

@@ -1,5 +1,7 @@
 """Structure metrics: heads built by hand with known scores, and loops in NumPy float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,16 @@ import jaxpattern as jp
 from jaxpattern.models import TransformerConfig, attention_patterns, make_loss_fn, transformer
 
 NUM, LENGTH, VOCAB = 6, 24, 17
-VARYING = jp.repeated_tokens(jax.random.key(0), 200, 64, 100)
-FIXED = jp.repeated_tokens(jax.random.key(0), 20, 64, 100, periods=(20, 20))
+
+
+@functools.cache
+def varying():
+    return jp.repeated_tokens(jax.random.key(0), 200, 64, 100)
+
+
+@functools.cache
+def fixed():
+    return jp.repeated_tokens(jax.random.key(0), 20, 64, 100, periods=(20, 20))
 
 
 def periods_of(tokens):
@@ -52,13 +62,13 @@ def head(tokens, attend):
 
 
 def test_repeated_tokens_repeat_at_periods_that_vary():
-    tokens, periods = np.asarray(VARYING), periods_of(VARYING)
+    tokens, periods = np.asarray(varying()), periods_of(varying())
     assert tokens.dtype == np.int32
     assert set(periods) == set(range(16, 33))
     for sequence, period in zip(tokens, periods, strict=True):
         assert len(set(sequence[:period])) == period
         np.testing.assert_array_equal(sequence[period:], sequence[:-period])
-    assert set(periods_of(FIXED)) == {20}
+    assert set(periods_of(fixed())) == {20}
     # 200 · 64 draws of 100 tokens: each comes about 128 times, in blocks of about 24.
     counts = np.bincount(tokens.ravel(), minlength=100)
     assert counts.min() > 64
@@ -66,24 +76,24 @@ def test_repeated_tokens_repeat_at_periods_that_vary():
 
 
 def test_an_induction_head_scores_one():
-    assert head(VARYING, induction) == pytest.approx(1, abs=1e-6)
+    assert head(varying(), induction) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_uniform_head_scores_the_share_of_the_targets():
     """(t // P) earlier occurrences among t + 1 tokens, over all t ≥ P."""
-    shares = [(t // P) / (t + 1) for P in periods_of(VARYING) for t in range(P, 64)]
-    assert head(VARYING, uniform) == pytest.approx(np.mean(shares), rel=1e-6)
+    shares = [(t // P) / (t + 1) for P in periods_of(varying()) for t in range(P, 64)]
+    assert head(varying(), uniform) == pytest.approx(np.mean(shares), rel=1e-6)
 
 
 def test_a_head_of_fixed_distance_scores_at_a_fixed_period_only():
-    assert head(FIXED, back(19)) == pytest.approx(1, abs=1e-6)
+    assert head(fixed(), back(19)) == pytest.approx(1, abs=1e-6)
     for distance in range(1, 40):
         # A sixteenth or so of the periods have that distance; their multiples may have it too.
-        assert head(VARYING, back(distance)) < 0.2
+        assert head(varying(), back(distance)) < 0.2
 
 
 def test_previous_token_score():
-    score = lambda attend: float(jp.previous_token_score(pattern(FIXED, attend))[0, 0])  # noqa: E731
+    score = lambda attend: float(jp.previous_token_score(pattern(fixed(), attend))[0, 0])  # noqa: E731
     assert score(back(1)) == 1
     assert score(back(2)) == pytest.approx(1 / 63)  # at t = 1 there is only token 0 to look at
     assert score(uniform) == pytest.approx(np.mean([1 / (t + 1) for t in range(1, 64)]))
@@ -136,8 +146,8 @@ def test_repeated_bigrams_and_their_loss_match_loops():
 
 
 def test_bigrams_of_repeated_tokens_repeat_from_the_second_period_on():
-    expected = np.arange(63)[None] >= periods_of(VARYING)[:, None]
-    np.testing.assert_array_equal(jp.repeated_bigrams(VARYING), expected)
+    expected = np.arange(63)[None] >= periods_of(varying())[:, None]
+    np.testing.assert_array_equal(jp.repeated_bigrams(varying()), expected)
 
 
 def test_in_context_score_of_known_losses():
@@ -178,27 +188,30 @@ def test_metrics_of_seeds_by_vmap():
     np.testing.assert_allclose(together[3], np.log(VOCAB), atol=0.5)
 
 
-KEY = jax.random.key(0)
-SQUARE = jnp.ones((1, 2, 1, 8, 8)) / 8
-TOKENS = jnp.zeros((2, 8), jnp.int32)
-LOSSES = jnp.ones((2, 8))
+SQUARE = np.full((1, 2, 1, 8, 8), 1 / 8, np.float32)
+TOKENS = np.zeros((2, 8), np.int32)
+LOSSES = np.ones((2, 8), np.float32)
 BAD = {
     "periods order": (
-        lambda: jp.repeated_tokens(KEY, 1, 16, 50, periods=(9, 5)),
+        lambda: jp.repeated_tokens(jax.random.key(0), 1, 16, 50, periods=(9, 5)),
         ValueError,
         r"periods must be .*length - 1 = 15 in order, got \(9, 5\)",
     ),
     "periods single": (
-        lambda: jp.repeated_tokens(KEY, 1, 16, 50, periods=5),
+        lambda: jp.repeated_tokens(jax.random.key(0), 1, 16, 50, periods=5),
         TypeError,
         "periods must be two integers, got 5",
     ),
     "small vocabulary": (
-        lambda: jp.repeated_tokens(KEY, 1, 16, 7),
+        lambda: jp.repeated_tokens(jax.random.key(0), 1, 16, 7),
         ValueError,
         "vocab_size must be at least the longest period 8.*got 7",
     ),
-    "short": (lambda: jp.repeated_tokens(KEY, 1, 7, 50), ValueError, "length must be at least 8"),
+    "short": (
+        lambda: jp.repeated_tokens(jax.random.key(0), 1, 7, 50),
+        ValueError,
+        "length must be at least 8",
+    ),
     "key": (lambda: jp.repeated_tokens(0, 1, 16, 50), TypeError, "key must be a typed key"),
     "attention": (
         lambda: jp.previous_token_score(jnp.ones((2, 8, 8))),
@@ -231,7 +244,7 @@ BAD = {
         r"late must be .*from 0 to 8, got \(4, 9\)",
     ),
     "all padding": (
-        lambda: jp.in_context_score(LOSSES, weights=LOSSES.at[:, 7:].set(0)),
+        lambda: jp.in_context_score(LOSSES, weights=jnp.asarray(LOSSES).at[:, 7:].set(0)),
         ValueError,
         "weights are zero at all late positions, 7 to 7",
     ),

@@ -24,7 +24,7 @@ def test_example_runs_and_steers(capfd):
     scope = {}
     exec(compile(example(), "README.md", "exec"), scope)
     printed = capfd.readouterr().out
-    assert "realised" in printed
+    assert "realized" in printed
     assert "nan" not in printed
     solution, phi = scope["solution"], scope["held_out"]["docstrings"]
     assert isinstance(solution, jp.Intervention)
@@ -46,12 +46,26 @@ def test_what_the_readme_points_to_exists():
         assert (ROOT / target).exists(), target
 
 
+def test_it_is_read_in_five_minutes():
+    assert len(README.split()) <= 900
+
+
+def test_the_picture_above_is_that_of_the_quickstart():
+    pictures = re.findall(r"^!\[.*\]\((.*)\)$", README, re.MULTILINE)
+    assert pictures == ["docs/quickstart.png"]
+    before, _ = README.split("the picture above")
+    assert pictures[0] in before
+    assert "examples/quickstart.py" in before
+
+
 def test_benchmarks_are_those_measured():
     assert table.main(["--check"]) == 0
 
 
 def test_every_module_in_the_table_exists():
-    rows = re.findall(r"^\| `([\w/.]+)` \|", README, re.MULTILINE)
+    pages = [ROOT / "docs" / page for page in ("reference/index.md", "benchmarks.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    rows = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
     assert len(rows) > 10
     for row in rows:
         assert any((ROOT / folder / row).exists() for folder in ("jaxpattern", "benchmarks")), row

@@ -107,7 +107,11 @@ def test_pages_of_other_results():
     assert "1 of 2 diverged" in said
     assert "not at a minimum" in said
     history = jp.History(
-        loss=jnp.linspace(2.0, 1.0, 200), step=jnp.zeros(0), metrics={}, skipped=jnp.int32(3)
+        loss=jnp.linspace(2.0, 1.0, 200),
+        step=jnp.zeros(0),
+        metrics={},
+        skipped=jnp.int32(3),
+        optimizer_state=(),
     )
     said = tables.text(tables.history, history)
     assert "200 steps" in said

@@ -1,5 +1,8 @@
 """The transformer against the same equations in NumPy float64, and the properties it promises."""
 
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,17 +219,16 @@ def test_chains_by_vmap_and_curvature_by_forward_over_reverse():
 
 
 def test_equal_configurations_share_one_compilation():
-    traces = []
-
-    def counted(loss_fn, params, tokens):
-        traces.append(1)
+    @partial(jax.jit, static_argnums=0)
+    @partial(chex.assert_max_traces, n=1)
+    def compiled(loss_fn, params, tokens):
         return loss_fn(params, tokens)
 
-    compiled = jax.jit(counted, static_argnums=0)
     params, tokens = params_of(config_of()), tokens_of()
     compiled(make_loss_fn(config_of()), params, tokens)
     compiled(make_loss_fn(config_of()), params, tokens)
-    assert len(traces) == 1
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        compiled(make_loss_fn(config_of(num_layers=3)), params_of(config_of(num_layers=3)), tokens)
     assert make_loss_fn(config_of()) == make_loss_fn(config_of())
     assert make_loss_fn(config_of()) != make_loss_fn(config_of(mlp_width=4))
 

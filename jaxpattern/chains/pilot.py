@@ -26,6 +26,7 @@ from jaxpattern.types import Position
 from jaxpattern.validation import is_traced
 
 _ITERATIONS = 12
+_STREAM = 2**31
 _SAMPLES = 256
 _FRACTION = 1 / 64  # of the distance at which rounding is looked for
 
@@ -46,6 +47,16 @@ class Pilot(NamedTuple):
     rounding: Float[np.ndarray, " components"]
     gradient: Float[np.ndarray, " components"]
     spacing: Float[np.ndarray, " components"]
+
+
+class _Seen(NamedTuple):
+    """Power iteration: the last product of length 1, g at the start, u · σHσu, and two lengths."""
+
+    u: Position
+    here: Position
+    value: Array
+    part: Array
+    whole: Array
 
 
 def fly(run: Run, group: ComponentGroup) -> Pilot | None:
@@ -78,7 +89,8 @@ def _fly(
 def _fly_one(
     key: Key[Array, ""], posterior: Posterior, sampler: Any, batch_size: int | None
 ) -> tuple[Array, ...]:
-    keys = jax.random.split(key, 4)
+    # Beyond the streams of components, which fold in small numbers.
+    keys = [jax.random.fold_in(key, _STREAM + i) for i in range(4)]
     size = batch_size and min(posterior.num_samples, max(batch_size, _SAMPLES))
     minibatch = posterior.minibatch(keys[0], size)
     center = posterior.centre
@@ -92,33 +104,40 @@ def _fly_one(
 
     # Off w* by a step of the noise: w* itself may be a special point.
     start = center
-    kick = optax.tree.random_like(keys[2], center, jax.random.normal)
-    start = along(kick)
-    here = gradient(start)
-
-    def product(u: Position, size: Any) -> Position:
-        """σ [g(w + σ u) − g(w)]: σ H σ u."""
-        there = gradient(along(u, size))
-        return jax.tree.map(lambda s, a, b: s * (a - b), sigma, there, here)
-
-    def iterate(_: Any, carry: tuple[Position, Array]) -> tuple[Position, Array]:
-        u, _ = carry
-        y = product(u, 1.0)
-        size = optax.tree.norm(y)
-        return optax.tree.scale(1 / jnp.maximum(size, 1e-30), y), optax.tree.vdot(u, y)
-
+    start = along(optax.tree.random_like(keys[2], center, jax.random.normal))
     first = optax.tree.random_like(keys[3], center, jax.random.normal)
     first = optax.tree.scale(1 / optax.tree.norm(first), first)
-    u, value = jax.lax.fori_loop(0, _ITERATIONS, iterate, (first, jnp.zeros(())))
-    moved = jax.tree.map(jnp.multiply, sigma, u)
-    stiffness = posterior.nbeta * value + posterior.localization * optax.tree.vdot(moved, moved)
+
+    def look(i: Array, seen: _Seen) -> _Seen:
+        """One gradient: at the start, along the first u twice, then along the last product."""
+        size = jnp.where(i == 0, 0.0, jnp.where(i == 1, _FRACTION, 1.0))
+        u = jax.tree.map(partial(jnp.where, i <= 2), first, seen.u)
+        there = gradient(along(u, size))
+        here = jax.tree.map(partial(jnp.where, i == 0), there, seen.here)
+        # σ [g(w + σ u) − g(w)]: σ H σ u.
+        product = jax.tree.map(lambda s, x, y: s * (x - y), sigma, there, here)
+        length = optax.tree.norm(product)
+        return _Seen(
+            u=optax.tree.scale(1 / jnp.maximum(length, 1e-30), product),
+            here=here,
+            value=optax.tree.vdot(u, product),
+            part=jnp.where(i == 1, length, seen.part),
+            whole=jnp.where(i == 2, length, seen.whole),
+        )
+
+    zero = jnp.zeros((), posterior.weights.dtype)
+    seen = _Seen(first, jax.tree.map(jnp.zeros_like, center), zero, zero, zero)
+    seen = jax.lax.fori_loop(0, 3 + _ITERATIONS, look, seen)
+    here = seen.here
+    moved = jax.tree.map(jnp.multiply, sigma, seen.u)
+    tether = posterior.localization * optax.tree.vdot(moved, moved)
+    stiffness = posterior.nbeta * seen.value + tether
 
     # Of a difference over a 64th of the way a 64th is there; what is more is rounding.
-    whole, part = product(first, 1.0), product(first, _FRACTION)
-    noise = jnp.maximum(optax.tree.norm(part) - optax.tree.norm(whole) * 1.5 * _FRACTION, 0.0)
+    noise = jnp.maximum(seen.part - seen.whole * 1.5 * _FRACTION, 0.0)
     pulled = jax.tree.map(lambda s, x: s**2 * x, sigma, first)
-    tether = posterior.localization / posterior.nbeta * optax.tree.norm(pulled)
-    rounding = noise / jnp.maximum(jnp.maximum(optax.tree.norm(whole), tether), 1e-30)
+    least = posterior.localization / posterior.nbeta * optax.tree.norm(pulled)
+    rounding = noise / jnp.maximum(jnp.maximum(seen.whole, least), 1e-30)
     squares = jax.tree.map(lambda g: jnp.mean(g**2), here)
     mean = sum(jax.tree.leaves(squares)) / len(jax.tree.leaves(squares))
     spacing = _spacing(posterior) * jnp.sqrt(posterior.localization)

@@ -13,7 +13,7 @@ from jaxpattern.chains.plan import Plan
 from jaxpattern.posterior import Posterior
 from jaxpattern.samplers import Sampler
 from jaxpattern.types import Position
-from jaxpattern.validation import check_function, check_key, check_number
+from jaxpattern.validation import check_function, check_key, check_number, own_streams
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +25,7 @@ class Run:
     trace.
 
     Attributes:
-        key: typed key.
+        key: typed key; `make_run` makes a threefry key of one of another kind (`own_streams`).
         posterior: what to sample.
         sampler: how.
         plan: lengths and numbers; static.
@@ -66,7 +66,18 @@ def make_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> Run:
         )
     sampler = as_sampler(sampler, posterior)
     _check_state(key, posterior, sampler)
-    return Run(key, posterior, sampler, plan)
+    _check_step(posterior, sampler)
+    return Run(own_streams(key), posterior, sampler, plan)
+
+
+def _check_step(posterior: Posterior, sampler: Sampler) -> None:
+    """εγ < 2: beyond, the chain leaves even where the loss is flat."""
+    relaxation = sampler.relaxation(posterior)
+    if relaxation is not None and relaxation <= 1:
+        raise ValueError(
+            f"step_size is too large for the localization: εγ = {2 / relaxation:.3g}, and chains "
+            "are stable below 2 at most, accurate far below 1"
+        )
 
 
 def _check_state(key: Any, posterior: Posterior, sampler: Sampler) -> None:

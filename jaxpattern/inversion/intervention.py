@@ -53,6 +53,7 @@ class Intervention:
         converged: whether the method found its answer up to rounding.
         mass: probe set → share q of the data of each column, as in `Response`.
         columns: names and shapes of the probe sets.
+        base: probe set → mass of each of its losses, for a grouped response, as in `Response`.
     """
 
     weights: dict[str, Float[Array, "..."]]
@@ -71,6 +72,7 @@ class Intervention:
     converged: Bool[Array, "*stack"]
     mass: dict[str, Float[Array, "..."]]
     columns: Columns = field(metadata={"static": True})
+    base: dict[str, Float[Array, "..."]] = field(default_factory=dict)
 
     def over(
         self, probes: Mapping[str, Batch], base: Mapping[str, Array | np.ndarray] | None = None
@@ -87,8 +89,8 @@ class Intervention:
         Args:
             probes: name → batch, the probe sets of the response; their order is that of the
                 weights.
-            base: name → base weights ρ₀ of the losses, where a grouped response was made of
-                weighted losses; without, the losses of a group count alike.
+            base: name → base weights ρ₀ of the losses, where a grouped response does not know
+                its own; without either, the losses of a group count alike.
 
         Returns:
             `[B]` or `[B, T]`, B samples of all probe sets, of mean 1.
@@ -126,7 +128,9 @@ class Intervention:
     ) -> Array:
         """q ρ of each loss of a probe set."""
         share = self.mass[name] * self.weights[name]
-        if base is None:
+        if base is None and name in self.base:
+            spread = self.base[name] / jnp.sum(self.base[name])
+        elif base is None:
             spread = jnp.full(shape, 1 / math.prod(shape), share.dtype)
         else:
             check_names("base", base, self.columns.names)

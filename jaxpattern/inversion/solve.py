@@ -333,7 +333,7 @@ def _importance(matrix: Array, mass: Array) -> Array:
 def _mean_stderr(batches: Array) -> Array:
     """Standard error of the mean over the last axis, NaN left out; derivative 0 at no spread."""
     valid = ~jnp.isnan(batches)
-    count = jnp.sum(valid, axis=-1)
+    count = jnp.sum(valid, axis=-1, dtype=batches.dtype)
     mean = jnp.sum(jnp.where(valid, batches, 0.0), axis=-1) / jnp.maximum(count, 1)
     squares = jnp.sum(jnp.where(valid, batches - mean[:, None], 0.0) ** 2, axis=-1)
     error = squares / jnp.maximum(count * (count - 1), 1)
@@ -384,6 +384,7 @@ def _name(
         converged=result.converged,
         mass=response.mass,
         columns=response.columns,
+        base=response.base,
     )
 
 

@@ -137,7 +137,7 @@ class Adjoint:
         )
         end = jax.lax.fori_loop(0, about.num_blocks, partial(self._block, past), start)
         size = jnp.maximum(_size(end.total), 1e-30)
-        num_draws = accumulator.num_draws + about.draws
+        num_draws = accumulator.num_draws + about.draws.astype(self._dtype)
         return Glance(
             draws=end.values,
             segment=Health(
@@ -154,7 +154,7 @@ class Adjoint:
 
     def _block(self, past: Past, j: Array, sweep: Backward) -> Backward:
         """A draw's ∂φ/∂s if there is one here, the steps of a block back, and the probes once."""
-        about, nbeta = past.about, past.posterior.nbeta
+        about, nbeta = past.about, jnp.asarray(past.posterior.nbeta, self._dtype)
         size, slot = about.size[j], about.source[j]
         sweep = jax.lax.cond(
             slot >= 0, partial(self._add_source, past, slot), lambda sweep: sweep, sweep
@@ -193,7 +193,8 @@ class Adjoint:
         # χ += (size / nβ) ⟨c_t, ∇(ℓ_z − L)(w_t)⟩, for all z one pass along c_t.
         reference_key = jax.random.fold_in(key, 1)
         level, added = self._along(past, state, push, reference_key)
-        added = jax.tree.map(lambda x: size / nbeta * x, added)
+        per_step = size.astype(nbeta.dtype) / nbeta
+        added = jax.tree.map(lambda x: per_step * x, added)
         added_size = _size(added)
         beside = jax.lax.cond(
             slot >= 0,
@@ -202,7 +203,7 @@ class Adjoint:
             sweep.beside,
         )
         if self.direct:  # ⟨D_z⟩/nβ − D_z(w*)/nβ, from the same steps
-            share = about.draws * size / about.length / nbeta
+            share = about.draws.astype(nbeta.dtype) * per_step / about.length.astype(nbeta.dtype)
             added = jax.tree.map(lambda x, d: x + share * d[None], added, level)
         # Blocks behind the first draw are the tail; what lies in front of it falls off the end.
         place = jnp.where(j >= about.tail, j - about.tail, self.tail_blocks)

@@ -42,6 +42,7 @@ from jaxpattern.response.measure import (
 )
 from jaxpattern.response.problem import Problem, check_reweighted
 from jaxpattern.response.result import Response
+from jaxpattern.response.shares import column_mean
 from jaxpattern.runtime.host import Host
 from jaxpattern.validation import renamed
 
@@ -100,7 +101,7 @@ class Covariance:
             alive = alive & full.alive
             means = full.added.mean_b
         nbeta = run.posterior.nbeta if self.reweight_observable else None
-        estimates = _finish(recorded.added, alive, means, problem.offsets, nbeta)
+        estimates = _finish(recorded.added, alive, means, problem.offsets, nbeta, problem.mass)
         return part_of_chains(
             run, problem, group, estimates, alive, recorded.kept,
             num_batches=run.plan.batches, pilot=pilot,
@@ -179,6 +180,7 @@ def _finish(
     full: dict[str, Array] | None,
     offsets: Float[Array, " rows"],
     nbeta: Any,
+    mass: dict[str, Array],
 ) -> Estimates:
     """χ of every component from the groups of draws of its chains."""
 
@@ -186,7 +188,7 @@ def _finish(
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), added)
         weight = jnp.repeat(alive, added.weight.shape[1])
         means = jax.tree.map(lambda x: x[0].reshape(-1, *x.shape[3:]), full)
-        return _estimate(flat, weight, offsets, means, nbeta)
+        return _estimate(flat, weight, offsets, means, nbeta, mass)
 
     return over_components(one, added, alive)
 
@@ -255,13 +257,14 @@ def _estimate(
     offsets: Float[Array, " rows"],
     full_means: dict[str, Array] | None,
     nbeta: Any,
+    mass: dict[str, Array],
 ) -> Estimates:
     """χ̂ = Σ_g n_g x_g / (n − 1), its standard error, two halves, and the groups' set means."""
-    count = pooled.weight * alive
-    number = jnp.sum(alive)
+    count = jnp.where(alive, pooled.weight, 0)
+    number = jnp.sum(alive, dtype=count.dtype)
     # Halves have equal numbers of the groups that are alive; chains do not straddle them
     # unless their number is odd.
-    first = (jnp.cumsum(alive) <= number / 2) & alive
+    first = (jnp.cumsum(alive, dtype=count.dtype) <= number / 2) & alive
     second = ~first & alive
 
     def columns(name: str) -> tuple[Array, Array, Array, Array]:
@@ -276,18 +279,18 @@ def _estimate(
         share = count / jnp.sum(count)
         center = groups.centers(share)
         chi = groups.mean(share, center)
-        column_axes = tuple(range(1, chi.ndim))
 
         def spread(total: Array, g: Array) -> tuple[Array, Array]:
             x = groups.value(g, center)
-            mean = jnp.where(share[g] > 0, jnp.mean(x, axis=column_axes), jnp.nan)
+            mean = jnp.where(share[g] > 0, column_mean(x, mass[name]), jnp.nan)
             return total + (share[g] * (x - chi)) ** 2, mean
 
         squares, batches = jax.lax.scan(spread, jnp.zeros_like(chi), jnp.arange(count.shape[0]))
         stderr = jnp.sqrt(squares * number / (number - 1))
         halves = []
         for half in (first, second):
-            half_share = count * half / jnp.sum(count * half)
+            half_count = jnp.where(half, count, 0)
+            half_share = half_count / jnp.sum(half_count)
             halves.append(groups.mean(half_share, groups.centers(half_share)))
         return bessel * chi, bessel * stderr, bessel * jnp.stack(halves), bessel * batches
 

@@ -31,6 +31,7 @@ from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.measure import Estimates, Part, by_component, over_components
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response
+from jaxpattern.response.shares import column_mean
 from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.host import Host
 from jaxpattern.types import Position
@@ -96,7 +97,7 @@ def _components(settings: Laplace, run: Run, problem: Problem, group: ComponentG
             posterior = replace(posterior, restriction=restriction)
         signs_key = jax.random.fold_in(run.key, index)
         chi, residual = _laplace(posterior, problem, signs_key, settings, run.plan.chunk)
-        return _mean(chi, residual)
+        return _mean(chi, residual, problem.mass)
 
     ids = jnp.asarray(group.ids, jnp.uint32)
     each = jax.lax.map(one, (ids, group.restrictions))
@@ -166,7 +167,7 @@ def _hessian_product(posterior: Posterior, v: Position, chunk: int | None) -> Po
         return jax.jvp(gradient, (posterior.centre,), (v,))[1]
 
     size = posterior.num_samples
-    everything = Minibatch(posterior.data, posterior.weights)
+    everything = posterior.minibatch(None, None)
     if chunk is None or chunk >= size:
         return product(everything)
     whole = size // chunk * chunk
@@ -182,7 +183,7 @@ def _hessian_product(posterior: Posterior, v: Position, chunk: int | None) -> Po
     return jax.tree.map(lambda t, p: t + p * ((size - whole) / size), total, rest)
 
 
-def _mean(chi: dict[str, Array], residual: Array) -> Estimates:
+def _mean(chi: dict[str, Array], residual: Array, mass: dict[str, Array]) -> Estimates:
     """Mean over the sign vectors, and its error."""
     first = next(iter(chi.values()))
     count, half = first.shape[0], first.shape[0] // 2
@@ -193,6 +194,6 @@ def _mean(chi: dict[str, Array], residual: Array) -> Estimates:
             name: jnp.stack([x[:half].mean(axis=0), x[half:].mean(axis=0)])
             for name, x in chi.items()
         },
-        batches={name: x.mean(axis=tuple(range(2, x.ndim))) for name, x in chi.items()},
+        batches={name: column_mean(x, mass[name]) for name, x in chi.items()},
         diagnostics={"residual": residual},
     )

@@ -19,6 +19,7 @@ from jaxpattern.diagnostics import Summary, numbers_of, on_device, summarize
 from jaxpattern.moments import Moments
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response
+from jaxpattern.response.shares import column_mean
 from jaxpattern.validation import is_concrete
 from jaxpattern.verdict import trend
 
@@ -64,19 +65,15 @@ def by_component(
     ids = np.concatenate([group.ids for group in problem.groups])
     order = (np.argsort(ids)[:, None] * problem.num_rows + np.arange(problem.num_rows)).reshape(-1)
     part = parts[0] if len(parts) == 1 else _join(parts, order)
-    columns = sum(losses.size for losses in problem.probe_baseline.values())
-
-    def mass(losses: Array) -> Array:
-        shape, each = ((), losses.size / columns) if grouped else (losses.shape, 1 / columns)
-        return jax.device_put(np.full(shape, each, losses.dtype))
-
+    mass = {n: _group_mass(q) for n, q in problem.mass.items()} if grouped else problem.mass
     estimates, summary = part.estimates, part.summary
     return Response(
         chi=estimates.chi,
         stderr=estimates.stderr,
         halves=estimates.halves,
         batches=estimates.batches,
-        mass={name: mass(losses) for name, losses in problem.probe_baseline.items()},
+        mass=mass,
+        base=problem.mass if grouped else {},
         nbeta=_number(run.posterior.nbeta, run.posterior.weights.dtype),
         mean=summary.mean,
         mean_stderr=summary.stderr,
@@ -87,11 +84,22 @@ def by_component(
         rows=problem.rows,
         cost=cost,
         estimator=name,
-        num_samples=columns,
+        num_samples=sum(map(_num_counted, problem.mass.values())),
         loss_shapes=tuple((name, x.shape) for name, x in problem.probe_baseline.items())
         if grouped
         else (),
     )
+
+
+def _group_mass(q: Array) -> Array:
+    if not is_concrete(q):
+        return jnp.sum(q)
+    return jax.device_put(np.asarray(np.sum(np.asarray(q, np.float64)), q.dtype))
+
+
+def _num_counted(q: Array) -> int:
+    """Columns that count; all, where that is not known."""
+    return int(np.count_nonzero(np.asarray(q))) if is_concrete(q) else q.size
 
 
 def _number(x: Any, dtype: Any) -> Array:
@@ -219,11 +227,13 @@ def batch_estimates(
     counts: Float[Array, "chains batches"],
     alive: Bool[Array, " chains"],
     antithetic: bool = False,
+    mass: dict[str, Float[Array, "*columns"]] | None = None,
 ) -> Estimates:
     """Mean of a quantity summed over the draws of each batch, and the spread of the batches.
 
     χ̂ = Σ_g n_g x_g / n and Var χ̂ = Σ_g (n_g/n)² (x_g − χ̂)² G/(G − 1) over the G batches of the
-    chains that are alive; with `antithetic`, of the pairs.
+    chains that are alive; with `antithetic`, of the pairs. The batches' means over columns are by
+    `mass`; without, there are no columns.
     """
     if antithetic:
         sums = jax.tree.map(
@@ -232,38 +242,44 @@ def batch_estimates(
         counts = join_twins(jnp.where(alive[:, None], counts, 0.0))
         alive = join_twins(alive) > 0
     weight = jnp.repeat(alive, counts.shape[1])
-    counts = (counts * alive[:, None]).reshape(-1)
+    counts = jnp.where(alive[:, None], counts, 0).reshape(-1)
     share = counts / jnp.sum(counts)
-    number = jnp.sum(weight)
-    first = (jnp.cumsum(weight) <= number / 2) & weight
+    number = jnp.sum(weight, dtype=counts.dtype)
+    first = (jnp.cumsum(weight, dtype=counts.dtype) <= number / 2) & weight
 
     def mean(values: Array, share: Array) -> Array:
         return jnp.tensordot(share / jnp.sum(share), values, 1, precision="highest")
 
-    def one(sums: Array) -> tuple[Array, Array, Array, Array]:
+    def one(name: str, sums: Array) -> tuple[Array, Array, Array, Array]:
         flat = sums.reshape(-1, *sums.shape[2:])
         scale = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1.0), 0.0)
         x = flat * scale.reshape(-1, *(1,) * (flat.ndim - 1))
         chi = mean(x, share)
         squares = jnp.tensordot(share**2, (x - chi[None]) ** 2, 1, precision="highest")
         stderr = jnp.sqrt(squares * number / (number - 1))
-        halves = jnp.stack([mean(x, share * first), mean(x, share * (weight & ~first))])
-        group = jnp.mean(x, axis=tuple(range(2, x.ndim)))
+        halves = jnp.stack(
+            [mean(x, jnp.where(half, share, 0)) for half in (first, weight & ~first)]
+        )
+        group = x if mass is None else column_mean(x, mass[name])
         return chi, stderr, halves, jnp.where(weight[:, None], group, jnp.nan)
 
-    results = {name: one(total) for name, total in sums.items()}
+    results = {name: one(name, total) for name, total in sums.items()}
     chi, stderr, halves, batches = ({n: r[i] for n, r in results.items()} for i in range(4))
     return Estimates(chi, stderr, halves, batches, {})
 
 
 def slope_beside(
-    beside: Moments, chi: dict[str, Array], alive: Bool[Array, " chains"], antithetic: bool
+    beside: Moments,
+    chi: dict[str, Array],
+    stderr: dict[str, Array],
+    alive: Bool[Array, " chains"],
+    antithetic: bool,
 ) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     """The covariance of the same draws along a pathwise χ̂, Σ_j χ̂_j Ĉ_j / Σ_j χ̂_j², with its error.
 
     1 where both are right. By groups of draws as `covariance`, from
     x_g = −[C_g/n_g + (a_g − ā)(b_g − b̄)] of φ and of the one number Σ_j χ̂_j D_j; pairs of twins
-    count once.
+    count once. Σ_j χ̂_j² holds the noise of χ̂, which is taken off; NaN where it is most of it.
     """
 
     def along(values: dict[str, Array], lead: int) -> Array:
@@ -272,22 +288,30 @@ def slope_beside(
         for name, x in values.items():
             weights = chi[name].reshape(chi[name].shape[0], -1)
             flat = x.reshape(*x.shape[:lead], -1)
-            each = jnp.sum(flat * weights, -1) if lead == 3 else flat @ weights.T
+            each = jnp.sum(flat * weights[None, None], -1) if lead == 3 else flat @ weights.T
             parts.append(each)
         return jnp.sum(jnp.stack(parts), 0)
 
     count = beside.weight * alive[:, None]
     share = count / jnp.sum(count)
     mean_b, comoment = along(beside.mean_b, 2), along(beside.comoment, 3)
-    centered = [x - jnp.sum(share[..., None] * x, (0, 1)) for x in (beside.mean_a, mean_b)]
+    means = (beside.mean_a, mean_b)
+    centered = [x - jnp.sum(share[..., None] * x, (0, 1), keepdims=True) for x in means]
     each = comoment / jnp.maximum(count, 1.0)[..., None] + centered[0] * centered[1]
     x = jnp.where(share[..., None] > 0, -each * share[..., None], 0.0)
     if antithetic:
         x, share, alive = join_twins(x), join_twins(share), join_twins(alive) > 0
     total = jnp.sum(x, (0, 1))
     number = jnp.sum(share > 0)
-    squares = jnp.sum((x - share[..., None] * total) ** 2, (0, 1))
-    size = sum(jnp.sum(c.reshape(c.shape[0], -1) ** 2, 1) for c in chi.values())
+    squares = jnp.sum((x - share[..., None] * total[None, None]) ** 2, (0, 1))
+
+    def square(x: dict[str, Array]) -> Array:
+        return jnp.sum(
+            jnp.stack([jnp.sum(c.reshape(c.shape[0], -1) ** 2, 1) for c in x.values()]), 0
+        )
+
+    size = square(chi) - square(stderr)
+    size = jnp.where(size > square(chi) / 2, size, 0.0)
     bessel = jnp.sum(count) / jnp.maximum(jnp.sum(count) - 1, 1)
     scale = bessel / jnp.where(size > 0, size, jnp.nan)
     return scale * total, scale * jnp.sqrt(squares * number / jnp.maximum(number - 1, 1))

@@ -89,6 +89,7 @@ from jaxpattern.chains.loop import Looked, Recorded, Segment, run_chains
 from jaxpattern.chains.pilot import Pilot, fly
 from jaxpattern.chains.record import Nothing
 from jaxpattern.chains.run import Run
+from jaxpattern.losses import precision_of
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.adjoint import Adjoint
 from jaxpattern.response.covariance import Covariance
@@ -102,7 +103,7 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem, check_reweighted
-from jaxpattern.response.products import Product, in_full_precision
+from jaxpattern.response.products import Product
 from jaxpattern.response.result import Response, doubts, group_mean
 from jaxpattern.response.schedule import block_sizes, mean_blocks, segments
 from jaxpattern.response.tangent import Tangent, tangent_cost
@@ -179,7 +180,7 @@ class Pathwise:
         tangent = Tangent(self.probe_batch, self.antithetic, product, self.width or 1.0)
         if self.mode == "tangent":
             return self._judged(tangent(run, problem, host, pilots), run, problem, host)
-        sweep = self.sweep(run, problem)
+        sweep = self.sweep(run, problem, pilots)
         cost = self.cost(sweep, problem)
         if self.mode == "auto":
             if tangent_cost(run, problem, self.probe_batch) < cost:
@@ -193,11 +194,15 @@ class Pathwise:
             return self.product
         if run.sampler.step_scale is None:
             return "autodiff"
-        known = [pilot.rounding for pilot in pilots.values() if pilot is not None]
-        if known:
-            exact = bool(np.max(np.concatenate(known)) < _ROUNDING)
-        else:
-            exact = in_full_precision(run.posterior)
+        # The types in the program say what it is computed in, also inside a trace; a measurement
+        # finds what they do not show.
+        posterior = run.posterior
+        one = jax.tree.map(lambda x: x[:1], posterior.data)
+        finest = precision_of(posterior.loss_fn, posterior.params, one)
+        measured = [pilot.rounding for pilot in pilots.values() if pilot is not None]
+        exact = finest <= float(jnp.finfo(jnp.float32).eps)
+        if measured:
+            exact = exact and bool(np.max(np.concatenate(measured)) < _ROUNDING)
         return "central" if exact else "autodiff"
 
     def _adjoint(
@@ -246,18 +251,20 @@ class Pathwise:
         pilot: Pilot | None = None,
     ) -> Part:
         """χ of a group from chains that were swept back."""
-        estimates = _finish(recorded.looked, recorded.alive, self.antithetic)
+        estimates = _finish(recorded.looked, recorded.alive, problem.mass, self.antithetic)
         return part_of_chains(
             run, problem, group, estimates, recorded.alive, recorded.looked.draws,
             num_batches=run.plan.batches, antithetic=self.antithetic, pilot=pilot,
         )  # fmt: skip
 
-    def sweep(self, run: Run, problem: Problem) -> Sweep:
+    def sweep(self, run: Run, problem: Problem, pilots: Pilots) -> Sweep:
         """relaxation time → window → states remembered → groups of draws → segments."""
         plan = run.plan
         wanted = self.window
         if wanted is None:
-            relaxation = run.sampler.relaxation(run.posterior)
+            gradients = [p.gradient for p in pilots.values() if p is not None]
+            gradient = float(np.max(np.concatenate(gradients))) if gradients else None
+            relaxation = run.sampler.relaxation(run.posterior, gradient)
             if relaxation is None:
                 raise ValueError(
                     "window must be given: the relaxation time of this sampler and posterior is "
@@ -454,20 +461,27 @@ def _bytes(posterior: Posterior, group: ComponentGroup) -> int:
 
 
 @partial(jax.jit, static_argnames="antithetic")
-def _finish(looked: Looked, alive: Bool[Array, "components chains"], antithetic: bool) -> Estimates:
+def _finish(
+    looked: Looked,
+    alive: Bool[Array, "components chains"],
+    mass: dict[str, Array],
+    antithetic: bool,
+) -> Estimates:
     """χ of every component from the groups of draws of its chains, and the health of its sweeps."""
 
     def one(looked: Looked, alive: Array) -> Estimates:
         sums, health = looked.added, looked.segments
-        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic)
+        estimates = batch_estimates(sums.chi, sums.num_draws, alive, antithetic, mass)
 
         def mean(x: Array) -> Array:
             """Over the segments of the chains that are alive."""
             over_segments = jnp.mean(x, axis=1)
             kept = jnp.where(alive.reshape(-1, *(1,) * (x.ndim - 2)), over_segments, 0.0)
-            return jnp.sum(kept, axis=0) / alive.sum()
+            return jnp.sum(kept, axis=0) / alive.sum().astype(x.dtype)
 
-        slope, slope_error = slope_beside(sums.beside, estimates.chi, alive, antithetic)
+        slope, slope_error = slope_beside(
+            sums.beside, estimates.chi, estimates.stderr, alive, antithetic
+        )
         return estimates._replace(
             diagnostics={
                 "slope": slope,

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxpattern.chains.lanes import ComponentGroup
-from jaxpattern.losses import check_loss, losses_in_chunks
+from jaxpattern.losses import check_loss, counted_rows, losses_in_chunks, weighted_mean
 from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.response.shares import Spec, column_mean, probe_mass, same_arrays
 from jaxpattern.restriction import Restriction, check_restriction
-from jaxpattern.runtime.mesh import put, put_rows
+from jaxpattern.runtime.mesh import put, put_rows, take
 from jaxpattern.types import Batch, Losses, Params, Position
 from jaxpattern.validation import (
     as_pytree_function,
@@ -35,15 +36,17 @@ class Problem:
 
     Everything is measured from w*: differences of losses are taken loss by loss before anything is
     averaged, so that float32 holds. Without observables the one row is the excess loss L − L(w*).
-    An observable gives one row, or K rows where it returns `[K]`. Where the reference is itself a
-    probe set, `reference_probe` names it and its losses are shared. `groups` are the components,
-    `rows` the names of all rows, components first.
+    An observable gives one row, or K rows where it returns `[K]`. `mass` is the share q of the data
+    that a column stands for, of sum 1; a column of mass 0 is excluded: its D_z is 0, whatever its
+    loss is. Where the reference is itself a probe set, `reference_probe` names it and its losses
+    are shared. `groups` are the components, `rows` the names of all rows, components first.
     """
 
     observables: tuple[Callable[[Params], Float[Array, "..."]], ...] | None
     offsets: Float[Array, " rows"]
     probes: dict[str, Batch]
     probe_baseline: dict[str, Float[Array, "..."]]
+    mass: dict[str, Float[Array, "..."]]
     reference: Minibatch
     reference_baseline: Losses
     chunk: int | None = field(metadata={"static": True})
@@ -64,14 +67,18 @@ class Problem:
 
     def excess_reference(self, posterior: Posterior, position: Position) -> Float[Array, ""]:
         """L(w) − L(w*) on the reference data."""
-        losses = losses_in_chunks(
-            posterior.loss_fn, posterior.embed(position), self.reference.batch, self.chunk
-        )
-        return self._mean_over_reference(losses - self.reference_baseline)
+        batch = counted_rows(*self.reference)
+        losses = losses_in_chunks(posterior.loss_fn, posterior.embed(position), batch, self.chunk)
+        return weighted_mean(losses - self.reference_baseline, self.reference.weights)
 
-    def _mean_over_reference(self, deviations: Losses) -> Float[Array, ""]:
-        weights = self.reference.weights
-        return jnp.sum(weights * deviations) / weights.shape[0]
+    def mean_over_columns(self, name: str, values: Array) -> Array:
+        """Σ_z q_z x_z / Σ_z q_z over the columns of a probe set, the last axes of the values."""
+        return column_mean(values, self.mass[name])
+
+    def probe_minibatch(self, name: str) -> Minibatch:
+        """A probe set with weights in proportion to its mass, of sum B."""
+        mass = self.mass[name]
+        return Minibatch(self.probes[name], mass * (mass.shape[0] / jnp.sum(mass)))
 
     @property
     def num_components(self) -> int:
@@ -103,8 +110,11 @@ class Problem:
         """L(w) − L(w*), unless it is given, and D_z(w) − D_z(w*) with D_z = ℓ_z − L."""
         params = posterior.embed(position)
         deviations = {
-            name: losses_in_chunks(posterior.loss_fn, params, batch, self.chunk)
-            - self.probe_baseline[name]
+            name: self._counted(
+                name,
+                losses_in_chunks(posterior.loss_fn, params, batch, self.chunk)
+                - self.probe_baseline[name],
+            )
             for name, batch in self.probes.items()
         }
         if excess is None:
@@ -112,17 +122,22 @@ class Problem:
             if name is None:
                 excess = self.excess_reference(posterior, position)
             else:
-                excess = self._mean_over_reference(deviations[name])
-        return excess, {name: deviation - excess for name, deviation in deviations.items()}
+                excess = weighted_mean(deviations[name], self.reference.weights)
+        return excess, {n: self._counted(n, x - excess) for n, x in deviations.items()}
+
+    def _counted(self, name: str, values: Array) -> Array:
+        """0 where a column is excluded, also in derivatives."""
+        return jnp.where(self.mass[name] == 0, 0, values)
 
     def on(self, mesh: Mesh | None) -> Problem:
         """The problem on a mesh, with the probes and their losses cut over its axis `data`."""
         if mesh is None:
             return self
         return replace(
-            put(replace(self, probes={}, probe_baseline={}), mesh),
+            put(replace(self, probes={}, probe_baseline={}, mass={}), mesh),
             probes={n: put_rows(f"probes[{n!r}]", x, mesh) for n, x in self.probes.items()},
             probe_baseline=put(self.probe_baseline, mesh, "data"),
+            mass=put(self.mass, mesh, "data"),
         )
 
     @property
@@ -156,6 +171,7 @@ def build_problem(
     reference: Batch | None,
     components: Mapping[str, Restriction] | None,
     chunk: int | None,
+    probe_weights: Mapping[str, Any] | None = None,
 ) -> Problem:
     """Check rows and columns, and compute the losses at w* once.
 
@@ -166,25 +182,30 @@ def build_problem(
     if not probes:
         raise ValueError("probes is empty; χ needs at least one probe set")
     groups = component_groups(posterior, components)
-    for name, batch in probes.items():
-        check_like_data(f"probes[{name!r}]", batch, posterior)
+    probes = {name: take(batch) for name, batch in probes.items()}
+    specs = {n: check_like_data(f"probes[{n!r}]", x, posterior) for n, x in probes.items()}
+    mass = probe_mass(posterior, probes, probe_weights, specs)
+    same: list[str] = []
     if reference is None:
         minibatch = Minibatch(posterior.data, posterior.weights)
     else:
-        size = check_like_data("reference", reference, posterior)
-        shape, dtype = check_loss(posterior.loss_fn, params, reference, size)
-        minibatch = Minibatch(
-            _on_device(reference), jax.device_put(np.full(shape, size / np.prod(shape), dtype))
-        )
-    same = [name for name, batch in probes.items() if batch is reference]
-    probes = {name: _on_device(batch) for name, batch in probes.items()}
+        reference = take(reference)
+        spec = check_like_data("reference", reference, posterior)
+        same = [name for name, batch in probes.items() if same_arrays(batch, reference)]
+        # L is the mean over all that is asked of these samples, by one probe set or several.
+        q = [mass[name] for name in same]
+        q = q or [
+            probe_mass(posterior, {"reference": reference}, None, {"reference": spec})["reference"]
+        ]
+        minibatch = Minibatch(_on_device(reference), _of_sum(q, spec))
+    probes = {n: _on_device(_without_excluded(x, mass[n])) for n, x in probes.items()}
     names, functions = check_observables(observables, params)
-    at_start = _at_start(
-        posterior.loss_fn, chunk or 256, params, probes, None if same else minibatch.batch,
+    shared = len(same) == 1
+    probe_baseline, reference_baseline, values = _at_start(
+        posterior.loss_fn, chunk or 256, params, probes, mass, None if shared else minibatch,
         functions,
     )  # fmt: skip
-    probe_baseline, reference_baseline, values = at_start
-    if same:
+    if shared:
         reference_baseline = probe_baseline[same[0]]
     for name, losses in probe_baseline.items():
         _check_finite(f"probes[{name!r}]", losses)
@@ -194,14 +215,36 @@ def build_problem(
         offsets=_check_offsets(observables, values, minibatch.weights.dtype),
         probes=probes,
         probe_baseline=probe_baseline,
+        mass=mass,
         reference=minibatch,
         reference_baseline=reference_baseline,
         chunk=chunk,
-        reference_probe=same[0] if same else None,
+        reference_probe=same[0] if shared else None,
         reference_is_data=reference is None,
         groups=groups,
         rows=_row_names(names, components),
     )
+
+
+def _of_sum(shares: list[Array], spec: Any) -> Array:
+    """Weights of sum B in proportion to the sum of the shares."""
+    (size, *_), dtype = spec
+    if not all(map(is_concrete, shares)):
+        traced = jax.tree.reduce(jnp.add, shares)
+        return traced * (size / jnp.sum(traced))
+    total = np.sum([np.asarray(share, np.float64) for share in shares], axis=0)
+    return jax.device_put((total * (size / total.sum())).astype(dtype))
+
+
+def _without_excluded(batch: Batch, mass: Array) -> Batch:
+    """A sample that counts in place of each of mass 0; by NumPy where it can."""
+    if not all(map(is_concrete, (mass, *jax.tree.leaves(batch)))):
+        return counted_rows(jax.tree.map(jnp.asarray, batch), mass)
+    used = np.atleast_1d(np.asarray(mass).reshape(len(mass), -1).any(axis=1))
+    if used.all():
+        return batch
+    rows = np.where(used, np.arange(len(used)), np.argmax(used))
+    return jax.tree.map(lambda x: np.asarray(x)[rows], batch)
 
 
 def _row_names(
@@ -297,18 +340,30 @@ def named(name: str, pairs: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> di
     return seen
 
 
-def check_like_data(name: str, batch: Batch, posterior: Posterior) -> int:
-    """A batch of the structure, trailing shapes and dtypes of the data; returns its length."""
+def check_like_data(name: str, batch: Batch, posterior: Posterior) -> Spec:
+    """A batch of the structure, axes and dtypes of the data; returns shape and dtype of its losses.
+
+    Samples may be of other lengths than those of the data, where `loss_fn` takes them.
+    """
     size = batch_length(name, batch)
     spec = partial(jax.tree.map, lambda x: (x.dtype, x.shape[1:]))
     given, wanted = (
         spec(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))),
         spec(posterior.data),
     )
-    if given != wanted:
-        raise ValueError(f"{name} must be like the data, {wanted} a sample, got {given}")
-    check_loss(posterior.loss_fn, posterior.params, batch, size)
-    return size
+    kinds = partial(jax.tree.map, lambda x: (x.dtype, x.ndim))
+    like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))
+    if kinds(like) != kinds(posterior.data):
+        raise ValueError(f"{name} must be like the data, {wanted} per sample, got {given}")
+    try:
+        return check_loss(posterior.loss_fn, posterior.params, batch, size)
+    except Exception as error:
+        if given == wanted:
+            raise
+        raise ValueError(
+            f"{name} must be like the data, {wanted} per sample, or such that loss_fn takes it; "
+            f"got {given}, at which it says: {error}"
+        ) from error
 
 
 def component_groups(
@@ -354,11 +409,17 @@ def _at_start(
     chunk: int,
     params: Params,
     probes: dict[str, Batch],
-    reference: Batch | None,
+    mass: dict[str, Float[Array, "..."]],
+    reference: Minibatch | None,
     observables: tuple[Callable[..., Any], ...] | None,
 ) -> tuple[dict[str, Float[Array, "..."]], Losses | None, list[Array]]:
-    """Losses and observables at w*."""
-    losses = partial(losses_in_chunks, loss_fn, params, chunk=chunk)
-    rest = None if reference is None else losses(reference)
+    """Losses and observables at w*; 0 for what is excluded."""
+
+    def losses(batch: Batch, weights: Array) -> Array:
+        return jnp.where(weights == 0, 0, losses_in_chunks(loss_fn, params, batch, chunk=chunk))
+
+    rest = None
+    if reference is not None:
+        rest = losses(counted_rows(*reference), reference.weights)
     values = [jnp.asarray(phi(params)) for phi in observables or ()]
-    return {name: losses(batch) for name, batch in probes.items()}, rest, values
+    return {name: losses(batch, mass[name]) for name, batch in probes.items()}, rest, values

@@ -21,13 +21,13 @@ float32 the difference is noise, and autodiff's product is right; `chains.pilot`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from jaxpattern.posterior import Posterior
 from jaxpattern.types import Position
 
 Product = Literal["central", "one-sided", "autodiff"]
@@ -60,11 +60,14 @@ def hessian_products(
     if product == "autodiff":
         return jax.vmap(lambda v: jax.jvp(gradient, (at,), (v,))[1])(directions)
     moved = _mover(at, scale, width)
+    step_type = jax.tree.leaves(at)[0].dtype
     if product == "central":
 
         def central(v: Position) -> Position:
-            (step, there), (_, back) = moved(v, 1.0), moved(v, -1.0)
-            return _over(gradient(there), gradient(back), 2 * step)
+            # Both ends as one batch: the program holds the gradient once.
+            step, ends = jax.vmap(partial(moved, v))(jnp.asarray([1.0, -1.0], step_type))
+            slopes = jax.vmap(gradient)(ends)
+            return jax.tree.map(lambda g: (g[0] - g[1]) / (2 * step[0]), slopes)
 
         return jax.vmap(central)(directions)
     here = gradient(at)
@@ -74,7 +77,7 @@ def hessian_products(
         return _over(gradient(there), here, sign * step)
 
     number = jax.tree.leaves(directions)[0].shape[0]
-    signs = jax.random.rademacher(key, (number,), jax.tree.leaves(at)[0].dtype)
+    signs = jax.random.rademacher(key, (number,), step_type)
     return jax.vmap(one_sided)(directions, signs)
 
 
@@ -121,37 +124,3 @@ def divide(v: Position, scale: Any) -> Position:
 
 def _over(a: Position, b: Position, by: Any) -> Position:
     return jax.tree.map(lambda x, y: (x - y) / by, a, b)
-
-
-def in_full_precision(posterior: Posterior) -> bool:
-    """Whether the loss is computed in float32 throughout, by the types in its program.
-
-    What can be said where nothing can be measured. Products of matrices in default precision are
-    float32 on CPUs alone.
-    """
-    batch = jax.tree.map(lambda x: x[:1], posterior.data)
-    program = jax.make_jaxpr(posterior.loss_fn)(posterior.params, batch)
-    matmul = str(getattr(jax.config, "jax_default_matmul_precision", None)) in (
-        "highest",
-        "float32",
-    )
-    return _full(program.jaxpr, matmul or jax.default_backend() == "cpu")
-
-
-def _full(program: Any, matmul: bool) -> bool:
-    for step in program.eqns:
-        types = [getattr(v.aval, "dtype", None) for v in (*step.invars, *step.outvars)]
-        floats = [t for t in types if t is not None and jnp.issubdtype(t, jnp.floating)]
-        if any(jnp.finfo(t).bits < 32 for t in floats):
-            return False
-        exact = matmul or "HIGHEST" in str(step.params.get("precision"))
-        if step.primitive.name in ("dot_general", "conv_general_dilated") and not exact:
-            return False
-        inner = (getattr(p, "jaxpr", p) for p in jax.tree.leaves(step.params, is_leaf=_is_program))
-        if not all(_full(p, matmul) for p in inner if hasattr(p, "eqns")):
-            return False
-    return True
-
-
-def _is_program(x: Any) -> bool:
-    return hasattr(x, "eqns") or hasattr(x, "jaxpr")

@@ -48,6 +48,8 @@ class Response:
         diagnostics: what an estimator says about itself, arrays with a leading row axis.
         cost: gradient equivalents spent (one forward and backward pass of one sample).
         num_samples: number of columns before any grouping.
+        base: probe set → mass of each of its losses, kept by `group_mean`; empty where the columns
+            are the losses, or where it is not known.
         loss_shapes: pairs of a probe set and the shape of its losses, kept by `group_mean`;
             empty where the columns are the losses, or where the shapes are not known.
     """
@@ -69,6 +71,7 @@ class Response:
     num_samples: int = field(metadata={"static": True})
     estimator: str = field(default="", metadata={"static": True})
     diagnostics: dict[str, Shaped[Array, "..."]] = field(default_factory=dict)
+    base: dict[str, Float[Array, "..."]] = field(default_factory=dict)
     loss_shapes: tuple[tuple[str, tuple[int, ...]], ...] = field(
         default=(), metadata={"static": True}
     )
@@ -133,6 +136,7 @@ def doubts(response: Response) -> list[list[str]]:
     known = {name: np.asarray(x, np.float64) for name, x in response.diagnostics.items()}
     nan = np.full(len(response.rows), np.nan)
     of = {name: known.get(name, nan) for name in _LOOKED_AT}
+    rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
     found = []
     for k in range(len(response.rows)):
         if "horizon" in known:  # of training runs, which have no chains
@@ -142,7 +146,7 @@ def doubts(response: Response) -> list[list[str]]:
             )
             continue
         here = verdict.unsettled(
-            rhat=float(response.rhat[k]), ess=float(response.ess[k]),
+            rhat=float(rhat[k]), ess=float(ess[k]),
             spread=float(of["spread"][k]), drift=float(of["drift"][k]),
             size=float(of["drift_size"][k]),
         )  # fmt: skip
@@ -214,7 +218,7 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
         return groups.split(columns.mean(columns.join(values), mass))
 
     def stderr(batches: Array) -> Array:
-        number = jnp.sum(~jnp.isnan(batches), axis=0)
+        number = jnp.sum(~jnp.isnan(batches), axis=0, dtype=batches.dtype)
         return jnp.nanstd(batches, axis=0, ddof=1) / jnp.sqrt(number)
 
     return replace(
@@ -223,6 +227,7 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
         stderr={name: stderr(response.batches[name]) for name in columns.names},
         halves=mean(response.halves) if set(response.halves) == set(columns.names) else {},
         mass=share,
+        base=response.base if columns.grouped else response.mass,
         loss_shapes=tuple(zip(columns.names, columns.loss_shapes or (), strict=False)),
     )
 
@@ -240,11 +245,13 @@ def _page(response: Response) -> tables.Page:
     tables.refuse_unreadable(title, response, response.nbeta)
     effect, error = _effects(response)
     header = ["row", "⟨φ⟩", *columns.names, "R-hat", "ESS"]
+    rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
+    phi, phi_error = np.asarray(response.mean), np.asarray(response.mean_stderr)
     body = []
     for k, row in enumerate(response.rows):
-        mean = tables.measured(float(response.mean[k]), float(response.mean_stderr[k]))
+        mean = tables.measured(float(phi[k]), float(phi_error[k]))
         effects = [tables.measured(*pair) for pair in zip(effect[k], error[k], strict=True)]
-        health = [f"{float(response.rhat[k]):.3f}", f"{float(response.ess[k]):.0f}"]
+        health = [f"{rhat[k]:.3f}", f"{ess[k]:.0f}"]
         body.append([row, mean, *effects, *health])
     notes = [
         "Under a probe set: the change of ⟨φ⟩, in the units of φ, per unit of its weight ρ (1 → 2) "

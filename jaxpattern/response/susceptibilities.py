@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
@@ -36,6 +37,7 @@ def susceptibilities(
     estimator: Estimator | None = None,
     components: Mapping[str, Restriction] | Iterable[tuple[str, Restriction]] | None = None,
     reference: Batch | None = None,
+    probe_weights: Mapping[str, Array | np.ndarray | list[Any]] | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     mesh: Mesh | None = None,
@@ -43,14 +45,16 @@ def susceptibilities(
     """The response matrix χ_z(φ) = −Cov_p[φ, ℓ_z − L], with standard errors.
 
     Positive: more weight on z raises ⟨φ⟩. To first order, weights ρ on the columns shift it by
-    nβ Σ_z q_z χ_z (ρ_z − 1), q the share of the data that a column stands for.
+    nβ Σ_z q_z χ_z (ρ_z − 1), q the share of the data that a column stands for. Weights ρ multiply
+    base weights ρ₀ where there are any: what is trained on next is ρ₀ ρ (`compose_weights`).
 
     Args:
         key: typed key.
         posterior: what to sample.
         sampler: `sgld(...)`, …, or any function of the posterior to a `SamplingAlgorithm`.
         plan: lengths and numbers.
-        probes: name → batch like the data; every loss in it is one column.
+        probes: name → batch like the data; every loss in it is one column. Its samples may be of
+            another length than those of the data.
         observables: name → function of the parameters that returns a scalar, or `[K]` for rows
             `name/0` … None, with components: each component's excess loss L(w) − L(w*).
         estimator: `pathwise(...)`, the default where the relaxation time of the sampler is known
@@ -60,7 +64,15 @@ def susceptibilities(
             at w*, and components of equal shape run as one vmapped program.
         reference: batch whose mean loss stands for L. None is the posterior's data with their
             weights: a pass over all of them a draw for covariances, a fresh mini-batch of
-            `plan.batch_size` for pathwise estimates, which stay unbiased.
+            `plan.batch_size` for pathwise estimates, which stay unbiased. A batch that is one of
+            the probe sets has the weights of that set.
+        probe_weights: name → base weights ρ₀ ≥ 0 of the shape of the losses of that probe set; 0
+            excludes, whatever the loss is (padding). Columns stand for shares q ∝ ρ₀ of the data
+            (`Response.mass`), and an excluded one has χ = 0. A probe set that is not named has
+            all ones. None: all ones, except that probe sets made of samples of a weighted
+            posterior's data have those weights. Two probe sets of the same samples and different
+            weights tell sources of tokens inside packed rows apart: `probes={"code": rows,
+            "prose": rows}, probe_weights={"code": is_code, "prose": ~is_code}`.
         progress: show progress lines. Without them, and with an estimator that allows it, this is
             a pure function.
         checkpoint: a folder, or a `Checkpoint`, where the run is kept; called again with the same
@@ -82,8 +94,9 @@ def susceptibilities(
     run = make_run(key, posterior, sampler, plan)
     estimator = choose_estimator(run, estimator)
     problem = make_problem(
-        run, observables=observables, probes=probes, reference=reference, components=components
-    )
+        run, observables=observables, probes=probes, reference=reference, components=components,
+        probe_weights=probe_weights,
+    )  # fmt: skip
     with host_for(
         "susceptibilities", checkpoint=checkpoint, mesh=mesh, progress=progress, run=run,
         posterior=posterior, problem=problem, estimator=estimator,
@@ -119,6 +132,7 @@ def make_problem(
     observables: Any = None,
     reference: Batch | None = None,
     components: Any = None,
+    probe_weights: Any = None,
 ) -> Problem:
     """What is asked, from what a user gives.
 
@@ -134,4 +148,8 @@ def make_problem(
     elif components is None:
         raise ValueError("observables must be given where there are no components")
     probes = named("probes", probes)
-    return build_problem(run.posterior, observables, probes, reference, components, run.plan.chunk)
+    if probe_weights is not None:
+        probe_weights = named("probe_weights", probe_weights)
+    return build_problem(
+        run.posterior, observables, probes, reference, components, run.plan.chunk, probe_weights
+    )

@@ -29,6 +29,7 @@ from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import run_chains
 from jaxpattern.chains.pilot import Pilot
 from jaxpattern.chains.run import Run
+from jaxpattern.losses import counted_rows
 from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.response.measure import (
     Estimates,
@@ -71,7 +72,7 @@ class TangentAlgorithm:
 
     def __call__(self, posterior: Any) -> SamplingAlgorithm:
         algorithm = self.sampler(posterior)
-        groups = [batch for _, batch in sorted(self.problem.probes.items())]
+        groups = [self.problem.probe_minibatch(name) for name in sorted(self.problem.probes)]
 
         def init(position: Position, rng_key: Key[Array, ""]) -> TangentState:
             state = jax.tree.map(jnp.asarray, algorithm.init(position, rng_key))
@@ -86,7 +87,7 @@ class TangentAlgorithm:
             """L_g − L of every group, and its gradient, `[G, ...]`."""
             keys = jax.random.split(posterior.own_key(key), len(groups) + 1)
             level, reference = jax.value_and_grad(self._reference)(position, posterior, keys[0])
-            measure = jax.value_and_grad(lambda w, batch: jnp.mean(posterior.losses(w, batch)))
+            measure = jax.value_and_grad(posterior.loss)
             batches = [self._part(batch, key) for batch, key in zip(groups, keys[1:], strict=True)]
             shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
             if all(shape == shapes[0] for shape in shapes):
@@ -139,23 +140,19 @@ class TangentAlgorithm:
 
         return SamplingAlgorithm(init, step)
 
-    def _part(self, batch: Any, key: Key[Array, ""]) -> Any:
-        """`probe_batch` fresh samples of a group."""
+    def _part(self, minibatch: Minibatch, key: Key[Array, ""]) -> Minibatch:
+        """`probe_batch` fresh samples; those that are excluded are never evaluated."""
+        batch, weights = counted_rows(*minibatch), minibatch.weights
         if self.probe_batch is None:
-            return batch
-        size = jax.tree.leaves(batch)[0].shape[0]
-        index = jax.random.randint(key, (self.probe_batch,), 0, size)
-        return jax.tree.map(lambda x: x[index], batch)
+            return Minibatch(batch, weights)
+        index = jax.random.randint(key, (self.probe_batch,), 0, weights.shape[0])
+        return jax.tree.map(lambda x: x[index], Minibatch(batch, weights))
 
     def _reference(
         self, position: Position, posterior: Posterior, key: Key[Array, ""]
     ) -> Float[Array, ""]:
         """L on fresh samples of the reference data."""
-        batch, weights = self.problem.reference
-        if self.probe_batch is not None:
-            index = jax.random.randint(key, (self.probe_batch,), 0, weights.shape[0])
-            batch, weights = jax.tree.map(lambda x: x[index], (batch, weights))
-        return jnp.sum(weights * posterior.losses(position, batch)) / weights.shape[0]
+        return posterior.loss(position, self._part(self.problem.reference, key))
 
 
 @jax.tree_util.register_dataclass
@@ -244,7 +241,11 @@ def _finish(
         by_name = {name: beside.mean_b[..., g] for g, name in enumerate(names)}
         joint = {name: beside.comoment[..., g] for g, name in enumerate(names)}
         slope, error = slope_beside(
-            beside._replace(mean_b=by_name, comoment=joint), estimates.chi, alive, antithetic
+            beside._replace(mean_b=by_name, comoment=joint),
+            estimates.chi,
+            estimates.stderr,
+            alive,
+            antithetic,
         )
         return estimates._replace(diagnostics={"slope": slope, "slope_error": error})
 

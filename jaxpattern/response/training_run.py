@@ -27,7 +27,7 @@ from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import Host, host_for
 from jaxpattern.runtime.mesh import fetch, loop_bounds, pad_lanes, put, resolve_mesh, take
 from jaxpattern.types import Batch, Losses, Params
-from jaxpattern.validation import check_count, is_concrete, num_required
+from jaxpattern.validation import check_count, is_concrete, num_required, own_streams
 from jaxpattern.verdict import warn
 
 Mode = Literal["forward", "reverse"]
@@ -118,6 +118,7 @@ def training_response(
         Murfet, "Patterning flow"; Engstrom et al. 2025, arXiv 2503.13751 (metagradients).
     """
     seeds = check_keys(key)
+    key = own_streams(key)
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
     mesh = resolve_mesh(mesh)

@@ -215,7 +215,7 @@ def advance_forward(
                 tangent=moved,
                 norms=s.norms.at[t + 1].set(size.astype(s.norms.dtype)),
                 broken=jnp.where((s.broken < 0) & ~all_finite(moved), t, s.broken),
-                skipped=s.skipped + ~stepped.finite,
+                skipped=s.skipped + (~stepped.finite).astype(jnp.int32),
             )
 
         return jax.lax.fori_loop(bounds[0], bounds[1], step, state)
@@ -272,7 +272,7 @@ def advance_kept(
             point, skipped = s
             drawn, move = step_of(run, choose, key, t)
             stepped = move(*point, drawn.weights)
-            return _Point(*taken(stepped, *point)), skipped + ~stepped.finite
+            return _Point(*taken(stepped, *point)), skipped + (~stepped.finite).astype(jnp.int32)
 
         def segment(i: Array, s: Kept) -> Kept:
             stop = jnp.minimum((i + 1) * length, run.num_steps)
