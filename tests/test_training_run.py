@@ -458,7 +458,6 @@ def test_seeds_are_dealt_out():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (dict(mode="backward"), ValueError, "mode must be one of"),
         (dict(sources={}), ValueError, "sources is empty"),
         (dict(sources={"a": [0, 1], "b": [1]}), ValueError, "sample 1 in 'a' and 'b'"),
         (dict(sources={"a": [0, 60]}), ValueError, "from 0 to 59, got 0 to 60"),
