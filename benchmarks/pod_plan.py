@@ -37,7 +37,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxpattern as jp
-from jaxpattern import training
+from jaxpattern import descent, training
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.lower import lower_chains
 from jaxpattern.chains.record import Nothing
@@ -166,7 +166,7 @@ def training_step(config: Any, chips: int, model: int, length: int, batch: int) 
     """A step of Adam on re-weighted data, the batch cut over the rest of the chips."""
     mesh = described_mesh(chips, data=chips // model, model=model)
     posterior = abstract_posterior(config, mesh, length, 1024)
-    run = training._Run(posterior.loss_fn, optax.adam(1e-4), 1000, batch, "loss", None, mesh)
+    run = descent.Descent(posterior.loss_fn, optax.adam(1e-4), 1000, batch, "loss", None, mesh)
     metrics = jax.tree_util.Partial(lambda params: {})
     compiled = training._start.lower(run, posterior.params, metrics, None).compile()
     state = states_of(

@@ -40,6 +40,7 @@ from jaxpattern.lm.tokens import (
     mean_by_token,
 )
 from jaxpattern.observables import excess_loss, mean_loss, mean_losses
+from jaxpattern.online import pattern
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
@@ -50,6 +51,7 @@ from jaxpattern.response.pathwise import GrowthWarning, pathwise
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.susceptibilities import susceptibilities
+from jaxpattern.response.training_run import training_response
 from jaxpattern.restriction import (
     Restriction,
     by_mask,
@@ -60,6 +62,7 @@ from jaxpattern.restriction import (
     union,
 )
 from jaxpattern.results import ResultFileError, load, save
+from jaxpattern.rounds import Pattern, Round
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.folder import CheckpointError, CheckpointWarning, Interrupted
 from jaxpattern.runtime.host import Host
@@ -91,6 +94,7 @@ __all__ = [
     "LocalLearningCoefficient",
     "Measured",
     "Minibatch",
+    "Pattern",
     "Plan",
     "Posterior",
     "PrincipalDirections",
@@ -101,6 +105,7 @@ __all__ = [
     "Response",
     "Restriction",
     "ResultFileError",
+    "Round",
     "Run",
     "Sampler",
     "Solution",
@@ -145,6 +150,7 @@ __all__ = [
     "measure",
     "mesh",
     "pathwise",
+    "pattern",
     "prefix_matching_score",
     "previous_token_score",
     "principal_directions",
@@ -167,6 +173,7 @@ __all__ = [
     "susceptibilities",
     "sweep",
     "train",
+    "training_response",
     "truncated",
     "union",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,20 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from jaxpattern import tables
-from jaxpattern.losses import (
-    check_finite_losses,
-    check_loss,
-    first_losses,
-    losses_in_chunks,
-    normalise_weights,
-)
-from jaxpattern.lottery import draw, make_lottery
+from jaxpattern.descent import Descent, check_descent, check_keys, drawing, step_of, taken
+from jaxpattern.losses import first_losses, losses_in_chunks
 from jaxpattern.posterior import Minibatch
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
 from jaxpattern.runtime.mesh import (
-    axis_size,
-    cut,
     fetch,
     loop_bounds,
     over_lanes,
@@ -39,21 +30,8 @@ from jaxpattern.runtime.mesh import (
     resolve_mesh,
     take,
 )
-from jaxpattern.types import Batch, Losses, LossFn, Params
-from jaxpattern.validation import (
-    as_pytree_function,
-    batch_length,
-    check_count,
-    check_params,
-    check_typed_key,
-    holds,
-    is_concrete,
-    num_required,
-    own_streams,
-)
-
-_RECORDS = 20
-_NOISE = 2**32 - 1  # the stream of a stochastic loss; no step has this number
+from jaxpattern.types import Batch, Losses, Params
+from jaxpattern.validation import as_pytree_function, is_concrete, num_required, own_streams
 
 
 class History(NamedTuple):
@@ -148,16 +126,16 @@ def train(
         Interrupted: a signal stopped a run with a folder, after it was saved.
         TypeError, ValueError: an argument does not fit.
     """
-    seeds = _check_train_key(key)
+    seeds = check_keys(key)
     key = own_streams(key)
     mesh = resolve_mesh(mesh)
     params, data, weights, given = take((params, data, weights, optimizer_state))
-    run = _Run(
+    run = Descent(
         loss_fn, optimizer, num_steps, batch_size, weighting, record_every, mesh,
         num_required(loss_fn) == 3,
     )  # fmt: skip
     data = jax.tree.map(jnp.asarray, data)
-    weighted = Minibatch(data, _check_run(run, seeds, params, data, weights, given))
+    weighted = Minibatch(data, check_descent(run, seeds, params, data, weights, given))
     metrics = as_pytree_function(_no_metrics if metrics is None else metrics)
     one = params if seeds is None else jax.tree.map(lambda x: x[0], params)
     with host_for(
@@ -165,7 +143,7 @@ def train(
         losses=partial(first_losses, run.losses, one, data),
         key=key, params=params, data=data, weights=weighted.weights, metrics=metrics,
         optimizer_state=given,
-        **{name: value for name, value in run._asdict().items() if name != "mesh"},
+        **run.arguments,
     ) as host:  # fmt: skip
         weighted, metrics = put((weighted, metrics), mesh)
         lanes = (key, params, given)
@@ -204,73 +182,9 @@ def _mean_loss(state: _State, a: int, b: int) -> str:
     return f"loss={float(jnp.mean(state.loss[..., a:b])):.3f}"
 
 
-def _check_run(
-    run: _Run, seeds: int | None, params: Params, data: Batch, weights: Any, given: Any
-) -> Float[Array, "samples *tokens"]:
-    """What `train` takes, checked before any step; returns ρ, scaled to sum N."""
-    check_params("params", params)
-    num_samples = batch_length("data", data)
-    _check_optimizer(run.optimizer, params)
-    check_count("num_steps", run.num_steps, minimum=1)
-    check_count("batch_size", run.batch_size, minimum=1)
-    if run.batch_size > num_samples:
-        raise ValueError(
-            f"batch_size must be at most the {num_samples} samples, got {run.batch_size}"
-        )
-    parts = axis_size(run.mesh, "data")
-    if run.batch_size % parts:
-        raise ValueError(
-            f"batch_size must be a multiple of {parts}, the size of the data axis of the mesh, "
-            f"got {run.batch_size}"
-        )
-    if run.weighting not in ("loss", "sampling"):
-        raise ValueError(f"weighting must be 'loss' or 'sampling', got {run.weighting!r}")
-    if run.record_every is not None:
-        check_count("record_every", run.record_every, minimum=1)
-    if seeds is not None and batch_length("params", params) != seeds:
-        raise ValueError(
-            f"params must have a leading axis of {seeds}, one for each key, "
-            f"got {batch_length('params', params)}"
-        )
-    if given is not None:
-        start = run.optimizer.init if seeds is None else jax.vmap(run.optimizer.init)
-        wanted, got = (
-            jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), state)
-            for state in (jax.eval_shape(start, params), given)
-        )
-        if wanted != got:
-            raise ValueError(
-                f"optimizer_state must be one of optimizer for these params, {wanted}, got {got}"
-            )
-    one = params if seeds is None else jax.tree.map(lambda x: x[0], params)
-    shape, dtype = check_loss(run.losses, one, data, num_samples)
-    rho = normalise_weights(weights, shape, dtype)
-    check_finite_losses(run.losses, one, data, num_samples, rho)
-    if run.weighting == "sampling" and not holds(lambda x: x.min() >= 0, rho):
-        raise ValueError("weights must not be negative with weighting='sampling'")
-    return rho
-
-
-def _check_optimizer(optimizer: Any, params: Params) -> None:
-    """Something with init(params) and update(gradients, state, params)."""
-    wanted = "an optax.GradientTransformation, such as optax.adamw(1e-3)"
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        told = f"{optimizer!r:.40}" if isinstance(optimizer, int | float) else type(optimizer)
-        raise TypeError(f"optimizer must be {wanted}, got {told}")
-
-    def step(params: Params) -> Any:
-        return optimizer.update(params, optimizer.init(params), params)
-
-    try:
-        jax.eval_shape(step, params)
-    except TypeError as error:
-        raise TypeError(
-            f"optimizer must be {wanted}, whose update needs (gradients, state, params) and no "
-            f"more: {error}"
-        ) from error
-
-
-def _cause(run: _Run, state: _State, seeds: int | None, start: Params, weighted: Minibatch) -> str:
+def _cause(
+    run: Descent, state: _State, seeds: int | None, start: Params, weighted: Minibatch
+) -> str:
     """Why steps were left out, as far as it can be found out afterwards."""
     number = int(jnp.sum(state.skipped))
     end = state.params if seeds is None else jax.tree.map(lambda x: x[0], state.params)
@@ -296,46 +210,9 @@ def _cause(run: _Run, state: _State, seeds: int | None, start: Params, weighted:
     )
 
 
-@dataclass(frozen=True)
-class _AtKey:
-    """A stochastic loss at one key."""
-
-    loss_fn: Callable[..., Losses]
-
-    def __call__(self, params: Params, batch: Batch) -> Losses:
-        return self.loss_fn(params, batch, jax.random.key(0))
-
-
-class _Run(NamedTuple):
-    """The static part of a training run."""
-
-    loss_fn: Callable[..., Losses]
-    optimizer: optax.GradientTransformation
-    num_steps: int
-    batch_size: int
-    weighting: str
-    record_every: int | None
-    mesh: Mesh | None
-    stochastic: bool = False
-
-    @property
-    def losses(self) -> LossFn:
-        """The loss as a function of parameters and batch alone."""
-        return _AtKey(self.loss_fn) if self.stochastic else self.loss_fn
-
-    @property
-    def every(self) -> int:
-        return self.record_every or -(-self.num_steps // _RECORDS)
-
-    @property
-    def num_records(self) -> int:
-        """The first, every `every` steps, and the last."""
-        return 1 + -(-self.num_steps // self.every)
-
-
 @partial(jax.jit, static_argnums=(0, 3))
 def _start(
-    run: _Run, params: Params, metrics: Any, seeds: int | None, given: PyTree[Any] | None = None
+    run: Descent, params: Params, metrics: Any, seeds: int | None, given: PyTree[Any] | None = None
 ) -> _State:
     def one(params: Params, given: PyTree[Any] | None) -> _State:
         first = jax.tree.map(jnp.asarray, metrics(params))
@@ -358,7 +235,7 @@ def _start(
 
 @partial(jax.jit, static_argnames=("run", "static_bounds"))
 def _advance(
-    run: _Run,
+    run: Descent,
     state: _State,
     key: Key[Array, "*seeds"],
     weighted: Minibatch,
@@ -375,7 +252,7 @@ def _advance(
 
 
 def _steps(
-    run: _Run,
+    run: Descent,
     shared: tuple[Minibatch, Any, tuple[Array, Array] | None],
     state: _State,
     key: Key[Array, ""],
@@ -384,39 +261,12 @@ def _steps(
 ) -> _State:
     weighted, metrics, bounds = shared
     start, stop = static_bounds or bounds  # type: ignore[misc]
-    row_weights = weighted.weights.reshape(weighted.weights.shape[0], -1).sum(axis=1)
-    # Samples without weight are never looked at: 0 · NaN is NaN, also in a derivative.
-    counted = jnp.argmax(row_weights != 0)
-    lottery = make_lottery(row_weights) if run.weighting == "sampling" else None
-
-    def choose(key: Key[Array, ""]) -> Minibatch:
-        if lottery is None:
-            index = jax.random.randint(key, (run.batch_size,), 0, row_weights.shape[0])
-            excluded = (weighted.weights[index] == 0).reshape(run.batch_size, -1).all(axis=1)
-            rows = jnp.where(excluded, counted, index)
-            batch = jax.tree.map(lambda x: x[rows], weighted.batch)
-            return Minibatch(batch, weighted.weights[index])
-        index = draw(key, lottery, run.batch_size)
-        batch, weights = jax.tree.map(lambda x: x[index], weighted)
-        rows = row_weights[index].reshape(-1, *(1,) * (weights.ndim - 1))
-        return Minibatch(batch, weights / rows)
+    choose = drawing(run, weighted)
 
     def step(t: Array, state: _State) -> _State:
-        batch, weights = cut(choose(jax.random.fold_in(key, t)), run.mesh, "data")
-        total = jnp.sum(weights)
-        noise = jax.random.fold_in(jax.random.fold_in(key, _NOISE), t)
-
-        def objective(params: Params) -> Array:
-            losses = run.loss_fn(params, batch, *((noise,) if run.stochastic else ()))
-            losses = jnp.where(weights == 0, 0.0, losses.astype(weights.dtype))
-            return jnp.sum(weights * losses) / jnp.where(total == 0, 1.0, total)
-
-        loss, gradient = jax.value_and_grad(objective)(state.params)
-        updates, optimizer = run.optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(loss + optax.tree.norm(gradient))
-        keep = partial(jax.tree.map, partial(jnp.where, finite))
-        params, optimizer = keep((params, optimizer), (state.params, state.optimizer))
+        drawn, move = step_of(run, choose, key, t)
+        stepped = move(state.params, state.optimizer, drawn.weights)
+        params, optimizer = taken(stepped, state.params, state.optimizer)
 
         def record(state: _State) -> tuple[Array, PyTree[Array]]:
             slot = -(-(t + 1) // run.every)
@@ -430,18 +280,10 @@ def _steps(
         return _State(
             params=params,
             optimizer=optimizer,
-            loss=state.loss.at[t].set(loss.astype(state.loss.dtype)),
+            loss=state.loss.at[t].set(stepped.loss.astype(state.loss.dtype)),
             step=steps,
             metrics=records,
-            skipped=state.skipped + (~finite).astype(jnp.int32),
+            skipped=state.skipped + (~stepped.finite).astype(jnp.int32),
         )
 
     return jax.lax.fori_loop(start, stop, step, state)
-
-
-def _check_train_key(key: Any) -> int | None:
-    """The number of seeds, or None for a single key."""
-    check_typed_key(key)
-    if key.ndim > 1:
-        raise TypeError(f"key must be one key or keys of shape [S], got shape {key.shape}")
-    return None if key.ndim == 0 else key.shape[0]

@@ -24,6 +24,7 @@ REMAINDER = 0.1
 STIFF = 1.25
 UNSTABLE = 4.0
 SLOPE = 0.4
+GROWTH = 30.0  # transformers whose perturbations grew 52 times realized .57 of the prediction
 _RARE = 1e-4
 
 
@@ -111,6 +112,24 @@ def coarse(spacing: float) -> list[str]:
         f"parameters narrower than float32 lie {spacing:.1g} times as far apart as the posterior "
         "is wide: the loss does not see what the chain does. Give float32 parameters"
     ]
+
+
+def chaotic(growth: float, horizon: float) -> list[str]:
+    """What is wrong with the derivative of a training run."""
+    if growth <= GROWTH:
+        return []
+    return [
+        f"a small change of the parameters grows {growth:.2g} times along the run: the response is "
+        f"that of ever smaller changes of the weights. Up to about {horizon:.0f} steps it can be "
+        "trusted; fewer steps or a smaller learning rate help"
+    ]
+
+
+def left_out(skipped: float) -> list[str]:
+    """What is wrong with the steps of a training run."""
+    if not skipped > 0:
+        return []
+    return [f"{skipped:.0f} steps had a loss or gradient that was not finite and were left out"]
 
 
 def disagree(slope: float, error: float, groups: float) -> bool:

@@ -199,7 +199,7 @@ def build_problem(
         ]
         minibatch = Minibatch(_on_device(reference), _of_sum(q, spec))
     probes = {n: _on_device(_without_excluded(x, mass[n])) for n, x in probes.items()}
-    names, functions = _check_observables(observables, params)
+    names, functions = check_observables(observables, params)
     shared = len(same) == 1
     probe_baseline, reference_baseline, values = _at_start(
         posterior.loss_fn, chunk or 256, params, probes, mass, None if shared else minibatch,
@@ -275,7 +275,7 @@ def _check_finite(name: str, losses: Losses) -> None:
         )
 
 
-def _check_observables(
+def check_observables(
     observables: Mapping[str, Callable[..., Any]] | None, params: Params
 ) -> tuple[tuple[str, ...] | None, tuple[Callable[..., Any], ...] | None]:
     """Names of the rows, `name/0` … where one returns several, and functions as pytrees."""

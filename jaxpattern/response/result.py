@@ -37,7 +37,8 @@ class Response:
             weights ρ₀ where there are any; 0 excludes a column, which may then hold anything.
             Sums to 1 over all columns: weights ρ on top of the base weights, of mean
             Σ_j q_j ρ_j = 1, shift μ by nβ Σ_j χ_j q_j (ρ_j − 1).
-        nbeta: inverse temperature of the posterior.
+        nbeta: inverse temperature of the posterior; 1 for the response of a training run, whose χ
+            is the derivative itself over q.
         mean: ⟨φ⟩ of each row, `[K]`.
         mean_stderr: its standard error, `[K]`.
         rhat: rank-normalized split R-hat of each row's observable, `[K]`.
@@ -138,6 +139,12 @@ def doubts(response: Response) -> list[list[str]]:
     rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
     found = []
     for k in range(len(response.rows)):
+        if "horizon" in known:  # of training runs, which have no chains
+            found.append(
+                verdict.chaotic(float(of["growth"][k]), float(of["horizon"][k]))
+                + verdict.left_out(float(of["skipped"][k]))
+            )
+            continue
         here = verdict.unsettled(
             rhat=float(rhat[k]), ess=float(ess[k]),
             spread=float(of["spread"][k]), drift=float(of["drift"][k]),
@@ -166,7 +173,7 @@ def doubts(response: Response) -> list[list[str]]:
 
 _LOOKED_AT = (
     "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups", "stiffness",
-    "spacing", "residual",
+    "spacing", "residual", "growth", "horizon", "skipped",
 )  # fmt: skip
 
 
