@@ -2,15 +2,18 @@
 
 Each chain is cut into batches of consecutive draws, and each batch keeps its own co-moments, so
 that memory is O(batches · K · N) however many draws there are. With a_g, b_g the batch means of φ
-and D = ℓ_z − L, ā, b̄ their means over all batches, and C_g the centred co-moment of n_g draws,
+and D = ℓ_z − L, ā, b̄ their means over all batches, and C_g the centered co-moment of n_g draws,
 
     x_g = −[ C_g / n_g + (a_g − ā)(b_g − b̄) ]        χ̂ = Σ_g n_g x_g / (n − 1)
 
 and the spread of x_g over the G batches of all chains gives the standard error of χ̂ (the delta
 method: ā and b̄ enter at second order). Batches must be long against the relaxation time.
 
-The *hybrid* form of a component C takes E[D] from chains over all weights,
-χ̂ = −(E_C[φD] − E_C[φ] E_full[D]), which is the centred form minus E_C[φ](E_C[D] − E_full[D]).
+The *hybrid* form of a component C takes E[D] from chains over all parameters,
+
+    χ̂ = −(E_C[φ D] − E_C[φ] E_full[D]) ,
+
+which is the centered form minus E_C[φ] times the difference E_C[D] − E_full[D].
 Sources: Baker et al. 2025, arXiv 2504.18274; Wang & Murfet 2026, arXiv 2601.13548.
 """
 
