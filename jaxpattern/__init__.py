@@ -46,8 +46,9 @@ from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
 from jaxpattern.response.estimator import Estimator
 from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
+from jaxpattern.response.fallback import GrowthWarning
 from jaxpattern.response.laplace import laplace
-from jaxpattern.response.pathwise import GrowthWarning, pathwise
+from jaxpattern.response.pathwise import pathwise
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.susceptibilities import susceptibilities

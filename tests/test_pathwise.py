@@ -127,7 +127,8 @@ def test_equals_reverse_mode_through_the_whole_chain(x64, name, restriction, pla
         KEY, posterior, sampler, plan,
         observables=OBSERVABLES, probes={"all": data}, reference=data,
         estimator=jp.pathwise(
-            window=100, every=1, antithetic=antithetic, hessian_batch=6, growth_limit=1e6
+            window=100, every=1, antithetic=antithetic, hessian_batch=6, growth_limit=1e6,
+            product="autodiff",
         ),
         progress=False,
     )  # fmt: skip

@@ -252,7 +252,8 @@ def test_other_settings_do_not_compile_again(progress):
         traces.append(None)
         return loss_fn(params, batch)
 
-    base = replace(make(), loss_fn=counted)
+    # A new loss is looked at when weights meet it.
+    base = replace(make(), loss_fn=counted).reweight(jnp.ones(N))
     run(base, progress=progress)
     first = len(traces)
     assert first > 0

@@ -73,11 +73,9 @@ one alone for γ ≥ 50 and 0.85 at γ = 10 (`benchmarks/pathwise.py`), so none 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -85,14 +83,13 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from jaxpattern.chains.lanes import ComponentGroup
-from jaxpattern.chains.loop import Looked, Recorded, Segment, run_chains
+from jaxpattern.chains.loop import Looked, Recorded, run_chains
 from jaxpattern.chains.pilot import Pilot, fly
 from jaxpattern.chains.record import Nothing
 from jaxpattern.chains.run import Run
 from jaxpattern.losses import precision_of
-from jaxpattern.posterior import Posterior
 from jaxpattern.response.adjoint import Adjoint
-from jaxpattern.response.covariance import Covariance
+from jaxpattern.response.fallback import Fallback
 from jaxpattern.response.measure import (
     Estimates,
     Part,
@@ -104,21 +101,13 @@ from jaxpattern.response.measure import (
 )
 from jaxpattern.response.problem import Problem, check_reweighted
 from jaxpattern.response.products import Product
-from jaxpattern.response.result import Response, doubts, group_mean
-from jaxpattern.response.schedule import block_sizes, mean_blocks, segments
+from jaxpattern.response.result import Response, group_mean
+from jaxpattern.response.schedule import mean_blocks
+from jaxpattern.response.sweeping import SLOTS, Sweep, plan_sweep
 from jaxpattern.response.tangent import Tangent, tangent_cost
-from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.host import Host
-from jaxpattern.types import Position
-from jaxpattern.validation import check_count, check_number, is_concrete, renamed
-from jaxpattern.verdict import UnreliableError
+from jaxpattern.validation import check_count, check_number, renamed
 
-_WINDOW_RELAXATIONS = 6
-_SEGMENT_WINDOWS = 5  # windows that are remembered: one behind the first draw, four of draws
-_MOST_BYTES = 2**30  # of states that are remembered, by all chains
-_FREE_BYTES = 2**24  # of which so many are never saved on
-_SLOTS = 64
-_LEAST_BATCHES = 4
 _HESSIAN_SHARE = 4
 _ROUNDING = 0.1
 _PRODUCTS = {
@@ -129,19 +118,6 @@ _PRODUCTS = {
 
 
 Pilots: TypeAlias = dict[tuple[int, ...], Pilot | None]
-
-
-class GrowthWarning(UserWarning):
-    """The adjoint grew: the chain expands where it should contract."""
-
-
-class Sweep(NamedTuple):
-    """How the chains of a run are swept: a plan with the groups it can afford, and its segments."""
-
-    run: Run
-    window: int
-    history: int
-    schedule: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
@@ -179,14 +155,30 @@ class Pathwise:
         product = self.product_of(run, pilots)
         tangent = Tangent(self.probe_batch, self.antithetic, product, self.width or 1.0)
         if self.mode == "tangent":
-            return self._judged(tangent(run, problem, host, pilots), run, problem, host)
-        sweep = self.sweep(run, problem, pilots)
+            return self._settled(tangent(run, problem, host, pilots), run, problem, host)
+        gradients = [p.gradient for p in pilots.values() if p is not None]
+        gradient = float(np.max(np.concatenate(gradients))) if gradients else None
+        sweep = self.sweep(run, problem, gradient)
         cost = self.cost(sweep, problem)
         if self.mode == "auto":
             if tangent_cost(run, problem, self.probe_batch) < cost:
-                return self._judged(tangent(run, problem, host, pilots), run, problem, host)
+                return self._settled(tangent(run, problem, host, pilots), run, problem, host)
             return group_mean(self._adjoint(sweep, problem, host, product, pilots))
         return self._adjoint(sweep, problem, host, product, pilots)
+
+    @property
+    def _settled(self) -> Fallback:
+        """What becomes of rows that cannot be trusted."""
+        return Fallback(
+            self.growth_limit, self.on_growth, self.on_unreliable, self.reweight_observable
+        )
+
+    def sweep(self, run: Run, problem: Problem, gradient: float | None = None) -> Sweep:
+        """How the chains of a run are swept; `gradient` is the measured size of its gradients."""
+        return plan_sweep(
+            run, problem, window=self.window, every=self.every, antithetic=self.antithetic,
+            gradient=gradient,
+        )  # fmt: skip
 
     def product_of(self, run: Run, pilots: Pilots) -> Product:
         """Secants where the gradients are exact enough for them, autodiff's product elsewhere."""
@@ -222,7 +214,7 @@ class Pathwise:
         every = "" if self.every is None else f", every {self.every}"
         name = f"pathwise (adjoint, window {sweep.window}{every}, {_PRODUCTS[product]})"
         response = by_component(run, problem, measure, name=name, cost=cost)
-        return self._judged(response, run, problem, host)
+        return self._settled(response, run, problem, host)
 
     def look(self, sweep: Sweep, problem: Problem, product: Product = "central") -> Adjoint:
         """What sweeps back over the segments of a chain."""
@@ -233,8 +225,8 @@ class Pathwise:
             problem=problem,
             growth_limit=np.asarray(self.growth_limit, problem.offsets.dtype),
             history=sweep.history,
-            slots=_SLOTS,
-            tail_blocks=len(block_sizes(sweep.window, self.every)),
+            slots=SLOTS,
+            tail_blocks=sweep.tail_blocks,
             direct=self.reweight_observable,
             hessian_batch=part if part < batch else None,
             reference_batch=plan.batch_size if fresh else None,
@@ -257,35 +249,6 @@ class Pathwise:
             num_batches=run.plan.batches, antithetic=self.antithetic, pilot=pilot,
         )  # fmt: skip
 
-    def sweep(self, run: Run, problem: Problem, pilots: Pilots) -> Sweep:
-        """relaxation time → window → states remembered → groups of draws → segments."""
-        plan = run.plan
-        wanted = self.window
-        if wanted is None:
-            gradients = [p.gradient for p in pilots.values() if p is not None]
-            gradient = float(np.max(np.concatenate(gradients))) if gradients else None
-            relaxation = run.sampler.relaxation(run.posterior, gradient)
-            if relaxation is None:
-                raise ValueError(
-                    "window must be given: the relaxation time of this sampler and posterior is "
-                    "not known"
-                )
-            wanted = max(1, round(_WINDOW_RELAXATIONS * relaxation))
-        window = min(wanted, plan.num_steps)  # a sweep goes no further back than the chain
-        # No more states than the chain has, unless they cost nothing: then another length of the
-        # chain compiles nothing again.
-        each = plan.num_chains * max(_bytes(run.posterior, group) for group in problem.groups)
-        length = 1 << (plan.num_steps - 1).bit_length()
-        history = min(_SEGMENT_WINDOWS * wanted, max(length, _FREE_BYTES // each))
-        history = max(window, min(history, _MOST_BYTES // each))
-        # Groups of at least a window of draws, but some in all: one spread needs two numbers.
-        chains = -(-plan.num_chains // 2) if self.antithetic else plan.num_chains
-        windows = plan.num_draws * plan.thin // window
-        least = min(-(-_LEAST_BATCHES // chains), plan.num_draws)
-        plan = replace(plan, num_batches=min(plan.batches, max(windows, least)))
-        schedule = segments(plan, window=window, every=self.every, history=history, slots=_SLOTS)
-        return Sweep(replace(run, plan=plan), window, history, schedule)
-
     def cost(self, sweep: Sweep, problem: Problem) -> float:
         """Gradient equivalents: a Hessian product of K rows counts 1 + 2K, a forward pass with K
         tangents (1 + 2K)/3, the gradient of an observable 1.
@@ -301,38 +264,6 @@ class Pathwise:
             + run.plan.num_draws * problem.observed_samples
         )
         return run.plan.num_chains * problem.num_components * one
-
-    def _judged(self, response: Response, run: Run, problem: Problem, host: Host) -> Response:
-        """The response after what was asked for where it grew, or cannot be trusted."""
-        if not is_concrete(response.mean):
-            return response
-        grown = np.asarray(response.diagnostics.get("truncated", np.zeros((1, 1, 1))))
-        grown = np.broadcast_to(grown.any(axis=(1, 2)), len(problem.rows))
-        wrong = np.asarray([bool(found) for found in doubts(response)])
-        if grown.any():
-            names = [row for row, bad in zip(problem.rows, grown, strict=True) if bad]
-            consequence = (
-                "they are measured by covariance instead"
-                if self.on_growth == "covariance"
-                else "their sweeps are cut there and χ is incomplete; a larger localization, a "
-                "smaller nbeta, a larger width, or on_growth='covariance' avoids that"
-            )
-            warnings.warn(
-                f"the adjoint grew past {self.growth_limit:g} in rows {names}: {consequence}",
-                GrowthWarning,
-                stacklevel=5,
-            )
-        if self.on_unreliable == "raise" and wrong.any():
-            raise UnreliableError(response.verdict)
-        replaced = (grown & (self.on_growth == "covariance")) | (
-            wrong & (self.on_unreliable == "covariance")
-        )
-        if not replaced.any():
-            return response
-        other = Covariance(reweight_observable=self.reweight_observable)(run, problem, host)
-        if response.columns.grouped:
-            other = group_mean(other)
-        return _choose(response, other, jnp.asarray(replaced))
 
 
 def pathwise(
@@ -447,19 +378,6 @@ def pathwise(
     )
 
 
-def _bytes(posterior: Posterior, group: ComponentGroup) -> int:
-    """Memory of the positions of all components of a group."""
-
-    def center(restriction: Restriction | None) -> Position:
-        return replace(posterior, restriction=restriction).centre
-
-    if group.restrictions is None:
-        positions = jax.eval_shape(lambda: posterior.centre)
-    else:
-        positions = jax.eval_shape(jax.vmap(center, axis_size=len(group.ids)), group.restrictions)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(positions))
-
-
 @partial(jax.jit, static_argnames="antithetic")
 def _finish(
     looked: Looked,
@@ -494,30 +412,3 @@ def _finish(
         )
 
     return over_components(one, looked, alive)
-
-
-def _choose(response: Response, other: Response, rows: Bool[Array, " rows"]) -> Response:
-    """The other estimate in some rows."""
-
-    def pick(axis: int) -> Callable[[Array, Array], Array]:
-        def choose(a: Array, b: Array) -> Array:
-            shape = [1] * a.ndim
-            shape[axis] = -1
-            return jnp.where(rows.reshape(shape), b, a)
-
-        return choose
-
-    def pad(batches: Array, length: int) -> Array:
-        """NaN stands for batches that the other estimator has more of."""
-        return jnp.pad(batches, ((0, length - len(batches)), (0, 0)), constant_values=jnp.nan)
-
-    length = max(len(x) for r in (response, other) for x in r.batches.values())
-    ours, theirs = (jax.tree.map(partial(pad, length=length), r.batches) for r in (response, other))
-    return replace(
-        response,
-        chi=jax.tree.map(pick(0), response.chi, other.chi),
-        stderr=jax.tree.map(pick(0), response.stderr, other.stderr),
-        halves=jax.tree.map(pick(1), response.halves, other.halves),
-        batches=jax.tree.map(pick(1), ours, theirs),
-        cost=response.cost + other.cost,
-    )
