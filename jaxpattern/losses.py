@@ -103,6 +103,8 @@ def check_finite_losses(
 def _at_the_door(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     with jax.ensure_compile_time_eval():
         head = jax.tree.map(lambda x: x[:_CHECKED_SAMPLES], batch)
+        # Without weak types, for which all is compiled again.
+        params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
         losses, again = _losses_jit(loss_fn, params, head)
         return np.asarray(losses), np.asarray(again)
 

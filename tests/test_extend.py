@@ -41,8 +41,12 @@ def scaled_sgld(*, step_size, scale):
     return jp.make_sampler(
         Partial(_build, step_size=step_size, scale=scale), gradients_per_step=1,
         relaxation_steps=lambda posterior, settings: 2 / settings["step_size"] / 10.0,
-        name="scaled_sgld",
+        step_scale=_noise, name="scaled_sgld",
     )
+
+
+def _noise(state, settings):
+    return jax.tree.map(lambda s: jnp.sqrt(settings["step_size"] * s), state.scale)
 
 
 def _build(posterior, *, step_size, scale):
@@ -178,7 +182,7 @@ def test_a_sampler(module):
         atol=1e-6,
     )  # fmt: skip
     got, wanted = chi(mine), chi(theirs)  # γ = 10: two steps
-    assert got.estimator == wanted.estimator == "pathwise (adjoint, window 12)"
+    assert got.estimator == wanted.estimator == "pathwise (adjoint, window 12, secants)"
     chex.assert_trees_all_close(got.chi, wanted.chi, atol=1e-6)
     slow = scaled_sgld(step_size=0.1, scale=jax.tree.map(lambda x: x / 10, ones))
     chex.assert_trees_all_close(

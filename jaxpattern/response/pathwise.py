@@ -100,7 +100,7 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem, check_reweighted
-from jaxpattern.response.products import Product
+from jaxpattern.response.products import WORDS, Product
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.schedule import mean_blocks
 from jaxpattern.response.sweeping import SLOTS, Sweep, plan_sweep
@@ -110,11 +110,6 @@ from jaxpattern.validation import check_count, check_number, renamed
 
 _HESSIAN_SHARE = 4
 _ROUNDING = 0.1
-_PRODUCTS = {
-    "central": "secants",
-    "one-sided": "one-sided secants",
-    "autodiff": "autodiff's Hessian",
-}
 
 
 Pilots: TypeAlias = dict[tuple[int, ...], Pilot | None]
@@ -212,7 +207,7 @@ class Pathwise:
             return self.part(run, problem, group, recorded, pilots[group.ids])
 
         every = "" if self.every is None else f", every {self.every}"
-        name = f"pathwise (adjoint, window {sweep.window}{every}, {_PRODUCTS[product]})"
+        name = f"pathwise (adjoint, window {sweep.window}{every}, {WORDS[product]})"
         response = by_component(run, problem, measure, name=name, cost=cost)
         return self._settled(response, run, problem, host)
 

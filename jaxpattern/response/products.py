@@ -32,6 +32,11 @@ from jaxpattern.types import Position
 
 Product = Literal["central", "one-sided", "autodiff"]
 _VALUE_WIDTH = 0.25
+WORDS = {
+    "central": "secants",
+    "one-sided": "one-sided secants",
+    "autodiff": "autodiff's Hessian",
+}
 
 
 def hessian_products(

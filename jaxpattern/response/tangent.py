@@ -41,7 +41,7 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem
-from jaxpattern.response.products import Product, hessian_products
+from jaxpattern.response.products import WORDS, Product, hessian_products
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import floats_of, given_step
 from jaxpattern.runtime.host import Host
@@ -226,7 +226,12 @@ class Tangent:
 
         cost = tangent_cost(run, problem, self.probe_batch)
         return by_component(
-            run, problem, measure, name="pathwise (tangent)", cost=cost, grouped=True
+            run,
+            problem,
+            measure,
+            name=f"pathwise (tangent, {WORDS[self.product]})",
+            cost=cost,
+            grouped=True,
         )
 
 
