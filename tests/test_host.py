@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tqdm
 from jax.sharding import NamedSharding, PartitionSpec
 from support import Crash, often, same
 
@@ -104,7 +105,7 @@ def test_chunks_follow_the_clock(monkeypatch):
 def line(monkeypatch):
     """What is shown, as lines."""
     stream = io.StringIO()
-    monkeypatch.setattr(host_module, "tqdm", partial(host_module.tqdm, file=stream))
+    monkeypatch.setattr(tqdm, "tqdm", partial(tqdm.tqdm, file=stream))
     return lambda: [text.strip() for text in stream.getvalue().split("\r") if text.strip()]
 
 

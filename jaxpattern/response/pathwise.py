@@ -184,7 +184,9 @@ class Pathwise:
         # The types in the program say what it is computed in, also inside a trace; a measurement
         # finds what they do not show.
         posterior = run.posterior
-        one = jax.tree.map(lambda x: x[:1], posterior.data)
+        one = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), posterior.data
+        )
         finest = precision_of(posterior.loss_fn, posterior.params, one)
         measured = [pilot.rounding for pilot in pilots.values() if pilot is not None]
         exact = finest <= float(jnp.finfo(jnp.float32).eps)
