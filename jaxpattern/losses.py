@@ -255,6 +255,11 @@ def counted_rows(batch: Batch, weights: Float[Array, "samples *tokens"]) -> Batc
     return jax.tree.map(select, batch)
 
 
+def excludes_some(weights: Float[Array, "samples *tokens"]) -> bool:
+    """Whether some samples may be excluded; weights that are traced might."""
+    return not is_concrete(weights) or not bool(np.all(np.asarray(weights) != 0))
+
+
 def is_counted(weights: Float[Array, "samples *tokens"]) -> Array:
     """Which samples have a loss of weight other than 0."""
     return jnp.any(weights != 0, axis=tuple(range(1, weights.ndim)))
