@@ -255,9 +255,12 @@ def counted_rows(batch: Batch, weights: Float[Array, "samples *tokens"]) -> Batc
     return jax.tree.map(select, batch)
 
 
-def excludes_some(weights: Float[Array, "samples *tokens"]) -> bool:
-    """Whether some samples may be excluded; weights that are traced might."""
-    return not is_concrete(weights) or not bool(np.all(np.asarray(weights) != 0))
+def first_counted(weights: Float[Array, "samples *tokens"]) -> Any:
+    """The index of a sample that counts; by NumPy where it can, which compiles nothing."""
+    if not is_concrete(weights):
+        return jnp.argmax(is_counted(weights)).astype(jnp.int32)
+    used = (np.asarray(weights) != 0).reshape(weights.shape[0], -1).any(axis=1)
+    return jax.device_put(np.asarray(np.argmax(used), np.int32))
 
 
 def is_counted(weights: Float[Array, "samples *tokens"]) -> Array:

@@ -16,7 +16,7 @@ from jaxpattern.losses import (
     check_finite_losses,
     check_loss,
     counted_rows,
-    excludes_some,
+    first_counted,
     is_counted,
     normalise_weights,
     weighted_mean,
@@ -95,8 +95,8 @@ class Posterior:
     restriction: Restriction | None
     loss_fn: LossFn = field(metadata={"static": True})
     mirror: Float[Array, "..."] | None = None
-    # Whether some samples may be excluded; known where weights are not traced.
-    excludes: bool = field(default=True, metadata={"static": True})
+    # A sample that counts, which stands in for those that are excluded.
+    spare: Any = 0
 
     def __str__(self) -> str:
         return tables.text(tables.posterior, self)
@@ -155,14 +155,11 @@ class Posterior:
         with weights 0: what is excluded is never evaluated.
         """
         if size is None or key is None:
-            data = counted_rows(self.data, self.weights) if self.excludes else self.data
-            return Minibatch(data, self.weights)
+            return Minibatch(counted_rows(self.data, self.weights), self.weights)
         assert key is not None
         index = jax.random.randint(self.own_key(key), (size,), 0, self.num_samples)
         weights = self.weights[index]
-        if not self.excludes:
-            return Minibatch(jax.tree.map(lambda x: x[index], self.data), weights)
-        rows = jnp.where(is_counted(weights), index, jnp.argmax(is_counted(self.weights)))
+        rows = jnp.where(is_counted(weights), index, self.spare)
         return Minibatch(jax.tree.map(lambda x: x[rows], self.data), weights)
 
     def loss_gradient(self, position: Position, minibatch: Minibatch | None = None) -> Position:
@@ -206,7 +203,7 @@ class Posterior:
         weights = normalise_weights(weights, self.weights.shape, self.weights.dtype)
         check_finite_losses(self.loss_fn, self.params, self.data, self.num_samples, weights)
         check_finite_gradient(self.loss_fn, self.params, self.data, weights)
-        return replace(self, weights=weights, excludes=excludes_some(weights))
+        return replace(self, weights=weights, spare=first_counted(weights))
 
 
 def localized_posterior(
@@ -269,7 +266,7 @@ def localized_posterior(
         localization=jnp.asarray(localization, dtype),
         restriction=None,
         loss_fn=loss_fn,
-        excludes=excludes_some(weights),
+        spare=first_counted(weights),
     )
 
 
