@@ -97,6 +97,7 @@ def abstract_posterior(
         localization=shape((), jnp.float32),
         restriction=None,
         loss_fn=transformer.make_loss_fn(config),
+        spare=shape((), jnp.int32),
     )
 
 
@@ -139,6 +140,7 @@ def pathwise_segment(config: Any, chips: int, length: int, batch: int, probes: i
         offsets=shape((1,), jnp.float32),
         probes={"p": shape((probes, length + 1), jnp.int32)},
         probe_baseline={"p": shape((probes, length), jnp.float32)},
+        mass={"p": shape((probes, length), jnp.float32)},
         reference=Minibatch(
             shape((batch, length + 1), jnp.int32), shape((batch, length), jnp.float32)
         ),
