@@ -315,4 +315,5 @@ def normalise_weights(
 
 
 def widen(x: Array) -> Array:
+    """At least in float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

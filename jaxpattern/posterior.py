@@ -156,7 +156,6 @@ class Posterior:
         """
         if size is None or key is None:
             return Minibatch(counted_rows(self.data, self.weights), self.weights)
-        assert key is not None
         index = jax.random.randint(self.own_key(key), (size,), 0, self.num_samples)
         weights = self.weights[index]
         rows = jnp.where(is_counted(weights), index, self.spare)

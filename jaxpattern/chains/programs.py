@@ -247,6 +247,8 @@ def advance(
     shape: Shape,
     mesh: Mesh | None,
 ) -> Chain:
+    """All chains through a chunk, whose lengths are arguments of the program."""
+
     def one(p: Posterior, rest: Any, key: Key[Array, ""], chain: Chain) -> Chain:
         shared, chunk = rest
         return advance_one(p, shared, key, chain, chunk=chunk, batch_size=shape.batch_size)
@@ -265,6 +267,8 @@ def look_back(
     shape: Shape,
     mesh: Mesh | None,
 ) -> tuple[Chain, PyTree[Array]]:
+    """The look back of all chains at the end of a segment, and what it keeps of the segment."""
+
     def one(p: Posterior, rest: Any, key: Key[Array, ""], chain: Chain) -> Any:
         shared, segment = rest
         return look_one(p, shared, key, chain, segment=segment, batch_size=shape.batch_size)
@@ -274,6 +278,7 @@ def look_back(
 
 @partial(jax.jit, donate_argnames="chains")
 def file(chains: Chains, seen: PyTree[Array], chunk: Chunk, segment: Any) -> Chains:
+    """What a chunk left, of all chains, put where it belongs."""
     return jax.vmap(lambda chains, seen: file_one(chains, seen, chunk, segment))(chains, seen)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.losses import check_loss, counted_rows, losses_in_chunks, weighted_mean
 from jaxpattern.posterior import Minibatch, Posterior
-from jaxpattern.response.shares import Spec, column_mean, probe_mass, same_arrays
+from jaxpattern.response.shares import Spec, probe_mass, same_arrays
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.runtime.mesh import put, put_rows, take
 from jaxpattern.types import Batch, Losses, Params, Position
@@ -70,10 +70,6 @@ class Problem:
         batch = counted_rows(*self.reference)
         losses = losses_in_chunks(posterior.loss_fn, posterior.embed(position), batch, self.chunk)
         return weighted_mean(losses - self.reference_baseline, self.reference.weights)
-
-    def mean_over_columns(self, name: str, values: Array) -> Array:
-        """Σ_z q_z x_z / Σ_z q_z over the columns of a probe set, the last axes of the values."""
-        return column_mean(values, self.mass[name])
 
     def probe_minibatch(self, name: str) -> Minibatch:
         """A probe set with weights in proportion to its mass, of sum B."""
