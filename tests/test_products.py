@@ -24,7 +24,9 @@ def quadratic(w):
 
 
 @pytest.mark.parametrize("product", ["central", "one-sided", "autodiff"])
-@pytest.mark.parametrize("metric", [0.03, {"a": jnp.full(1, 0.01), "b": jnp.full(3, 0.2)}])
+@pytest.mark.parametrize(
+    "metric", [{"a": np.full(1, x), "b": np.full(3, y)} for x, y in ((0.03, 0.03), (0.01, 0.2))]
+)
 def test_products_of_a_quadratic_are_exact(product, metric):
     at = {"a": jnp.asarray([0.3]), "b": jnp.asarray([1.0, -2.0, 0.5])}
     directions = {
@@ -50,7 +52,7 @@ def test_no_direction_has_no_product():
         at,
         zero,
         product="central",
-        scale=0.1,
+        scale={"a": np.full(1, 0.1), "b": np.full(3, 0.1)},
         width=1.0,
         key=jax.random.fold_in(KEY, 1),
     )
@@ -68,8 +70,8 @@ fused.defvjp(lambda x: (x**2, x), lambda x, g: (2 * g * x,))
 def test_derivatives_of_what_forward_mode_cannot_enter():
     """A difference of values stands in, exact for a square up to rounding."""
     at, directions = jnp.asarray([1.0, -2.0]), jnp.asarray([[1.0, 0.0], [0.5, 2.0]])
-    value, along = derivatives_along(fused, at, directions, scale=0.1)
-    plain, exact = derivatives_along(lambda x: x**2, at, directions, scale=0.1)
+    value, along = derivatives_along(fused, at, directions, scale=jnp.full(2, 0.1))
+    plain, exact = derivatives_along(lambda x: x**2, at, directions, scale=jnp.full(2, 0.1))
     np.testing.assert_allclose(value, plain, rtol=1e-6)
     # Rounding of values of size 4 over a distance of 0.025: 2e-5.
     np.testing.assert_allclose(along, exact, atol=2e-4)

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
+from jaxpattern.chains.kernel import noise_scale
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.run import Run
 from jaxpattern.posterior import Posterior
@@ -27,7 +28,8 @@ from jaxpattern.validation import is_traced
 
 _ITERATIONS = 12
 _STREAM = 2**31
-_SAMPLES = 256
+_SAMPLES = 64
+_BENDS = 8
 _FRACTION = 1 / 64  # of the distance at which rounding is looked for
 
 
@@ -38,6 +40,9 @@ class Pilot(NamedTuple):
         stiffness: the largest Λ.
         rounding: error of a difference of gradients over a step of the noise, relative to it (or to
             what the localization adds to it).
+        bend: how much the gradient of a mini-batch bends over a step of the noise: its second
+            difference over the first, root mean square over some places and directions. 0 where the
+            loss is quadratic on that scale, about 1 where a kink lies.
         gradient: root mean square of the loss gradient.
         spacing: how far apart parameters narrower than float32 lie (half of it, root mean square),
             over the widest that the posterior can be, 1/√γ.
@@ -45,6 +50,7 @@ class Pilot(NamedTuple):
 
     stiffness: Float[np.ndarray, " components"]
     rounding: Float[np.ndarray, " components"]
+    bend: Float[np.ndarray, " components"]
     gradient: Float[np.ndarray, " components"]
     spacing: Float[np.ndarray, " components"]
 
@@ -95,12 +101,11 @@ def _fly_one(
     key: Key[Array, ""], posterior: Posterior, sampler: Any, batch_size: int | None
 ) -> tuple[Array, ...]:
     # Beyond the streams of components, which fold in small numbers.
-    keys = [jax.random.fold_in(key, _STREAM + i) for i in range(4)]
+    keys = [jax.random.fold_in(key, _STREAM + i) for i in range(5)]
     size = batch_size and min(posterior.num_samples, max(batch_size, _SAMPLES))
     minibatch = posterior.minibatch(keys[0], size)
     center = posterior.centre
-    scale = sampler.step_scale(sampler(posterior).init(center, keys[1]), sampler.settings)
-    sigma = _like(scale, center)
+    sigma = noise_scale(sampler, sampler(posterior).init(center, keys[1]))
     gradient = partial(posterior.loss_gradient, minibatch=minibatch)
 
     def along(u: Position, size: Any = 1.0) -> Position:
@@ -140,13 +145,59 @@ def _fly_one(
 
     # Of a difference over a 64th of the way a 64th is there; what is more is rounding.
     noise = jnp.maximum(seen.part - seen.whole * 1.5 * _FRACTION, 0.0)
+    bend = _bend(keys[4], posterior, sigma, here, batch_size)
     pulled = jax.tree.map(lambda s, x: s**2 * x, sigma, first)
     least = posterior.localization / posterior.nbeta * optax.tree.norm(pulled)
     rounding = noise / jnp.maximum(jnp.maximum(seen.whole, least), 1e-30)
     squares = jax.tree.map(lambda g: jnp.mean(g**2), here)
     mean = sum(jax.tree.leaves(squares)) / len(jax.tree.leaves(squares))
     spacing = _spacing(posterior) * jnp.sqrt(posterior.localization)
-    return stiffness, rounding, jnp.sqrt(mean), spacing
+    return stiffness, rounding, bend, jnp.sqrt(mean), spacing
+
+
+def _bend(
+    key: Key[Array, ""],
+    posterior: Posterior,
+    sigma: Position,
+    slope: Position,
+    batch_size: int | None,
+) -> Array:
+    """‖g₊ − 2g + g₋‖ / ‖g₊ − g₋‖ over ± a step of the noise, root mean square.
+
+    Every other step goes along the gradient and the others anywhere; kinks may lie far apart, so
+    each starts at a place of its own.
+    """
+    center = posterior.centre
+    size = min(posterior.num_samples, batch_size or _SAMPLES)
+    zero = jax.tree.map(jnp.zeros_like, center)
+
+    def one(i: Array, total: Array) -> Array:
+        place, direction, batch = jax.random.split(jax.random.fold_in(key, i), 3)
+        minibatch = posterior.minibatch(batch, size)
+        spread = optax.tree.random_like(place, center, jax.random.normal)
+        anywhere = optax.tree.random_like(direction, center, jax.random.normal)
+        u = jax.tree.map(lambda s, g, x: jnp.where(i % 2 == 0, s * g, x), sigma, slope, anywhere)
+        size_of_u = jnp.maximum(optax.tree.norm(u), 1e-30)
+
+        def add(side: Array, sums: tuple[Position, Position]) -> tuple[Position, Position]:
+            """g at w − σû, w and w + σû, into the first and the second difference."""
+            ahead = (side - 1).astype(size_of_u.dtype)
+            at = jax.tree.map(
+                lambda w, s, x, v: w + s * (x + ahead * v / size_of_u), center, sigma, spread, u
+            )
+            gradient = posterior.loss_gradient(at, minibatch)
+            weights = ahead, jnp.where(side == 1, -2.0, 1.0).astype(ahead.dtype)
+            first, second = (
+                jax.tree.map(lambda x, s, g, w=w: x + w * s * g, part, sigma, gradient)
+                for part, w in zip(sums, weights, strict=True)
+            )
+            return first, second
+
+        first, second = jax.lax.fori_loop(0, 3, add, (zero, zero))
+        ratio = optax.tree.norm(second) / jnp.maximum(optax.tree.norm(first), 1e-30)
+        return total + ratio**2 / _BENDS
+
+    return jnp.sqrt(jax.lax.fori_loop(0, _BENDS, one, jnp.zeros((), posterior.weights.dtype)))
 
 
 def _spacing(posterior: Posterior) -> Array:
@@ -159,11 +210,3 @@ def _spacing(posterior: Posterior) -> Array:
     ]
     total = sum(leaf.size for leaf in narrow)
     return jnp.sqrt(sum(jnp.sum(leaf) for leaf in narrow) / total)
-
-
-def _like(scale: Any, position: Position) -> Position:
-    """σ of every parameter."""
-    same = jax.tree.structure(scale) == jax.tree.structure(position)  # type: ignore[operator]
-    if same and jax.tree.leaves(scale) and jnp.ndim(jax.tree.leaves(scale)[0]):
-        return scale
-    return jax.tree.map(lambda w: jnp.full_like(w, scale), position)

@@ -100,11 +100,11 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem, check_reweighted
-from jaxpattern.response.products import WORDS, Product
+from jaxpattern.response.products import BEND, WORDS, Product, product_cost
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.schedule import mean_blocks
 from jaxpattern.response.sweeping import SLOTS, Sweep, plan_sweep
-from jaxpattern.response.tangent import Tangent, tangent_cost
+from jaxpattern.response.tangent import Tangent
 from jaxpattern.runtime.host import Host
 from jaxpattern.validation import check_count, check_number, renamed
 
@@ -147,16 +147,16 @@ class Pathwise:
             if self.mode != "adjoint":
                 raise ValueError(f"reweight_observable needs mode='adjoint', got {self.mode!r}")
         pilots = {group.ids: fly(run, group) for group in problem.groups}
-        product = self.product_of(run, pilots)
-        tangent = Tangent(self.probe_batch, self.antithetic, product, self.width or 1.0)
+        forwards = self.product_of(run, pilots)
+        product = self.product_of(run, pilots, problem.num_rows)
+        tangent = Tangent(self.probe_batch, self.antithetic, forwards, self.width or 1.0)
         if self.mode == "tangent":
             return self._settled(tangent(run, problem, host, pilots), run, problem, host)
         gradients = [p.gradient for p in pilots.values() if p is not None]
         gradient = float(np.max(np.concatenate(gradients))) if gradients else None
         sweep = self.sweep(run, problem, gradient)
-        cost = self.cost(sweep, problem)
         if self.mode == "auto":
-            if tangent_cost(run, problem, self.probe_batch) < cost:
+            if tangent.cost(run, problem) < self.cost(sweep, problem, product):
                 return self._settled(tangent(run, problem, host, pilots), run, problem, host)
             return group_mean(self._adjoint(sweep, problem, host, product, pilots))
         return self._adjoint(sweep, problem, host, product, pilots)
@@ -175,8 +175,10 @@ class Pathwise:
             gradient=gradient,
         )  # fmt: skip
 
-    def product_of(self, run: Run, pilots: Pilots) -> Product:
-        """Secants where the gradients are exact enough for them, autodiff's product elsewhere."""
+    def product_of(self, run: Run, pilots: Pilots, number: int | None = None) -> Product:
+        """Secants where the gradients are exact enough for them, autodiff's product elsewhere;
+        one-sided where gradients hardly bend, unless a `number` of products makes that no cheaper.
+        """
         if self.product != "auto":
             return self.product
         if run.sampler.step_scale is None:
@@ -188,16 +190,17 @@ class Pathwise:
             lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), posterior.data
         )
         finest = precision_of(posterior.loss_fn, posterior.params, one)
-        measured = [pilot.rounding for pilot in pilots.values() if pilot is not None]
+        flown = [pilot for pilot in pilots.values() if pilot is not None]
         exact = finest <= float(jnp.finfo(jnp.float32).eps)
-        if measured:
-            exact = exact and bool(np.max(np.concatenate(measured)) < _ROUNDING)
-        return "central" if exact else "autodiff"
+        if not exact or any(np.max(pilot.rounding) >= _ROUNDING for pilot in flown):
+            return "autodiff"
+        straight = flown and all(np.max(pilot.bend) < BEND for pilot in flown)
+        return "one-sided" if straight and number != 1 else "central"
 
     def _adjoint(
         self, sweep: Sweep, problem: Problem, host: Host, product: Product, pilots: Pilots
     ) -> Response:
-        run, cost = sweep.run, self.cost(sweep, problem)
+        run, cost = sweep.run, self.cost(sweep, problem, product)
 
         def measure(group: ComponentGroup) -> Part:
             look = self.look(sweep, problem.core.on(host.mesh), product)
@@ -246,17 +249,17 @@ class Pathwise:
             num_batches=run.plan.batches, antithetic=self.antithetic, pilot=pilot,
         )  # fmt: skip
 
-    def cost(self, sweep: Sweep, problem: Problem) -> float:
-        """Gradient equivalents: a Hessian product of K rows counts 1 + 2K, a forward pass with K
+    def cost(self, sweep: Sweep, problem: Problem, product: Product = "central") -> float:
+        """Gradient equivalents: K Hessian products as `product_cost` says, a forward pass with K
         tangents (1 + 2K)/3, the gradient of an observable 1.
         """
-        run, look = sweep.run, self.look(sweep, problem)
+        run, look = sweep.run, self.look(sweep, problem, product)
         tangents = 1 + 2 * problem.num_rows
         probes = problem.probe_samples + (look.reference_batch or problem.reference_samples)
         steps, asked = mean_blocks(sweep.schedule)
         one = (
             run.plan.num_steps * run.batch
-            + steps * (look.hessian_batch or run.batch) * tangents
+            + steps * (look.hessian_batch or run.batch) * product_cost(product, problem.num_rows)
             + asked * probes * tangents / 3
             + run.plan.num_draws * problem.observed_samples
         )
@@ -321,8 +324,9 @@ def pathwise(
             mode.
         product: how Hessian products are computed: `"central"` or `"one-sided"` differences of
             gradients at the scale of the chain's noise, which see kinks, or `"autodiff"`. By
-            default central where the gradients are exact enough for it (float32 at full matmul
-            precision, which is measured), autodiff's elsewhere; the result says which.
+            default a difference where the gradients are exact enough for it (float32 at full matmul
+            precision, which is measured), one-sided where they hardly bend on that scale (measured
+            too) and that is cheaper, and autodiff's elsewhere; the result says which.
         width: c, the distance of those gradients from each other in units of 2 √ε. By default 1.
         on_unreliable: where `Response.verdict` finds that the covariance of the same draws
             contradicts a row, that the chain is shorter than its memory, or that its chains have

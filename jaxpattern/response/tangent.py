@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxpattern import moments
-from jaxpattern.chains.kernel import position_of
+from jaxpattern.chains.kernel import noise_scale, position_of
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import run_chains
 from jaxpattern.chains.pilot import Pilot
@@ -41,7 +41,7 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem
-from jaxpattern.response.products import WORDS, Product, hessian_products
+from jaxpattern.response.products import WORDS, Product, hessian_products, product_cost
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import floats_of, given_step
 from jaxpattern.runtime.host import Host
@@ -86,9 +86,9 @@ class TangentAlgorithm:
         def tilts(key: Key[Array, ""], position: Position) -> tuple[Array, Position]:
             """L_g − L of every group, and its gradient, `[G, ...]`."""
             keys = jax.random.split(posterior.own_key(key), len(groups) + 1)
-            level, reference = jax.value_and_grad(self._reference)(position, posterior, keys[0])
             measure = jax.value_and_grad(posterior.loss)
-            batches = [self._part(batch, key) for batch, key in zip(groups, keys[1:], strict=True)]
+            sets = [self.problem.reference, *groups]
+            batches = [self._part(batch, key) for batch, key in zip(sets, keys, strict=True)]
             shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
             if all(shape == shapes[0] for shape in shapes):
                 stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
@@ -96,9 +96,7 @@ class TangentAlgorithm:
             else:
                 each = [measure(position, batch) for batch in batches]
                 levels, gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-            return levels - level, jax.tree.map(
-                lambda g, base: g - base[None], gradients, reference
-            )
+            return jax.tree.map(lambda x: x[1:] - x[:1], (levels, gradients))
 
         def step(key: Key[Array, ""], state: TangentState, minibatch: Minibatch) -> TangentState:
             # The step keeps the key it would have had: the chain is the plain sampler's.
@@ -119,17 +117,15 @@ class TangentAlgorithm:
                 return posterior.loss_gradient(w, minibatch)
 
             # H δ_g + ∇(ℓ_g − L) of every group, through one step.
-            sampler = self.sampler
             bent = hessian_products(
                 gradient_at,
                 position,
                 jax.vmap(tangent_position)(tangents),
                 product=self.product,
-                scale=1.0
-                if sampler.step_scale is None
-                else sampler.step_scale(inner, sampler.settings),
+                scale=noise_scale(self.sampler, inner),
                 width=self.width,
                 key=jax.random.fold_in(key, 2),
+                mirror=posterior.mirror,
             )
             levels, tilt = tilts(tilt_key, position)
             pushed = jax.tree.map(jnp.add, bent, tilt)
@@ -147,12 +143,6 @@ class TangentAlgorithm:
             return Minibatch(batch, weights)
         index = jax.random.randint(key, (self.probe_batch,), 0, weights.shape[0])
         return jax.tree.map(lambda x: x[index], Minibatch(batch, weights))
-
-    def _reference(
-        self, position: Position, posterior: Posterior, key: Key[Array, ""]
-    ) -> Float[Array, ""]:
-        """L on fresh samples of the reference data."""
-        return posterior.loss(position, self._part(self.problem.reference, key))
 
 
 @jax.tree_util.register_dataclass
@@ -224,15 +214,25 @@ class Tangent:
                 pilot=pilots[group.ids],
             )  # fmt: skip
 
-        cost = tangent_cost(run, problem, self.probe_batch)
         return by_component(
             run,
             problem,
             measure,
             name=f"pathwise (tangent, {WORDS[self.product]})",
-            cost=cost,
+            cost=self.cost(run, problem),
             grouped=True,
         )
+
+    def cost(self, run: Run, problem: Problem) -> float:
+        """Gradient equivalents; the products share the gradient of the step where they need it."""
+        number, plan = len(problem.probes), run.plan
+        sizes = [losses.shape[0] for losses in problem.probe_baseline.values()]
+        sizes.append(problem.reference_baseline.shape[0])
+        probes = sum(sizes) if self.probe_batch is None else self.probe_batch * len(sizes)
+        observed = problem.observed_samples * (1 + 2 * number) / 3
+        own = product_cost(self.product, number) + (self.product == "central")
+        steps = plan.num_steps * (run.batch * own + probes)
+        return plan.num_chains * problem.num_components * (steps + plan.num_draws * observed)
 
 
 @partial(jax.jit, static_argnames=("names", "antithetic"))
@@ -255,14 +255,3 @@ def _finish(
         return estimates._replace(diagnostics={"slope": slope, "slope_error": error})
 
     return over_components(one, added, alive)
-
-
-def tangent_cost(run: Run, problem: Problem, probe_batch: int | None) -> float:
-    """Gradient equivalents: G Hessian products that share a gradient count 1 + 2G."""
-    number, plan = len(problem.probes), run.plan
-    sizes = [losses.shape[0] for losses in problem.probe_baseline.values()]
-    sizes.append(problem.reference_baseline.shape[0])
-    probes = sum(sizes) if probe_batch is None else probe_batch * len(sizes)
-    observed = problem.observed_samples * (1 + 2 * number) / 3
-    steps = plan.num_steps * (run.batch * (1 + 2 * number) + probes)
-    return plan.num_chains * problem.num_components * (steps + plan.num_draws * observed)
