@@ -82,6 +82,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import Looked, Recorded, run_chains
 from jaxpattern.chains.pilot import Pilot, fly
@@ -247,6 +248,7 @@ class Pathwise:
         return part_of_chains(
             run, problem, group, estimates, recorded.alive, recorded.looked.draws,
             num_batches=run.plan.batches, antithetic=self.antithetic, pilot=pilot,
+            states=position_of(recorded.state),
         )  # fmt: skip
 
     def cost(self, sweep: Sweep, problem: Problem, product: Product = "central") -> float:

@@ -38,7 +38,7 @@ from jaxpattern.types import Position
 
 Product = Literal["central", "one-sided", "autodiff"]
 _VALUE_WIDTH = 0.25
-BEND = 0.1
+BEND = 0.05
 WORDS = {
     "central": "secants",
     "one-sided": "one-sided secants",

@@ -148,7 +148,7 @@ def doubts(response: Response) -> list[list[str]]:
         here = verdict.unsettled(
             rhat=float(rhat[k]), ess=float(ess[k]),
             spread=float(of["spread"][k]), drift=float(of["drift"][k]),
-            size=float(of["drift_size"][k]),
+            size=float(of["drift_size"][k]), groups=float(of["groups"][k]),
         )  # fmt: skip
         if of["remainder"][k] > verdict.REMAINDER:
             here.append(
@@ -163,8 +163,7 @@ def doubts(response: Response) -> list[list[str]]:
                 "jumps, the chains hop over barriers, or small mini-batches heat them. Compare "
                 "with covariance(), and with a larger batch_size"
             )
-        here += verdict.stiff(float(of["stiffness"][k]))
-        here += verdict.coarse(float(of["spacing"][k]))
+        here += verdict.before({name: of[name][k] for name in verdict.PILOT})
         if of["residual"][k] > verdict.REMAINDER:
             here.append("nβ H + γ is not positive definite, or the solves did not converge")
         found.append(here)
@@ -172,8 +171,8 @@ def doubts(response: Response) -> list[list[str]]:
 
 
 _LOOKED_AT = (
-    "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups", "stiffness",
-    "spacing", "residual", "growth", "horizon", "skipped",
+    "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups",
+    "residual", "growth", "horizon", "skipped", *verdict.PILOT,
 )  # fmt: skip
 
 
