@@ -114,12 +114,12 @@ class Response:
         return verdict.say("χ", list(zip(self.rows, doubts(self), strict=True)))
 
     def __str__(self) -> str:
-        return tables.text(_page, self)
+        return tables.text(describe, self)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return tables.html(_page, self)
+        return tables.html(describe, self)
 
 
 class Interval(NamedTuple):
@@ -232,7 +232,7 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
     )
 
 
-def _page(response: Response) -> tables.Page:
+def describe(response: Response) -> tables.Page:
     """What a response says of itself: the effect of each probe set on each row, with errors."""
     columns = response.columns
     kind = "one per probe set" if columns.grouped else "one per loss"
@@ -243,16 +243,16 @@ def _page(response: Response) -> tables.Page:
     if response.estimator:
         title += f", by {response.estimator}"
     tables.refuse_unreadable(title, response, response.nbeta)
-    effect, error = _effects(response)
+    effect, error = effects(response)
     header = ["row", "⟨φ⟩", *columns.names, "R-hat", "ESS"]
     rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
     phi, phi_error = np.asarray(response.mean), np.asarray(response.mean_stderr)
     body = []
     for k, row in enumerate(response.rows):
         mean = tables.measured(float(phi[k]), float(phi_error[k]))
-        effects = [tables.measured(*pair) for pair in zip(effect[k], error[k], strict=True)]
+        cells = [tables.measured(*pair) for pair in zip(effect[k], error[k], strict=True)]
         health = [f"{rhat[k]:.3f}", f"{ess[k]:.0f}"]
-        body.append([row, mean, *effects, *health])
+        body.append([row, mean, *cells, *health])
     notes = [
         "Under a probe set: the change of ⟨φ⟩, in the units of φ, per unit of its weight ρ (1 → 2) "
         "to first order, nβ·q·χ ± one standard error. Negative: more weight lowers ⟨φ⟩.",
@@ -265,7 +265,7 @@ def _page(response: Response) -> tables.Page:
     return tables.Page(title, (tables.Grid(header, body),), tuple(notes))
 
 
-def _effects(response: Response) -> tuple[np.ndarray, np.ndarray]:
+def effects(response: Response) -> tuple[np.ndarray, np.ndarray]:
     """nβ q χ of each row and probe set, `[K, G]`, and its error; NaN where that is not known."""
     columns = response.columns
     mass = columns.join(response.mass)
