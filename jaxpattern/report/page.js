@@ -8,7 +8,8 @@
   const CONTEXT = 8; // tokens on either side of an extreme one
 
   const unpack = (text, Kind) => {
-    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const said = atob(text), bytes = new Uint8Array(said.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = said.charCodeAt(i);
     return new Kind(bytes.buffer);
   };
 

@@ -166,9 +166,9 @@ def _place(value: float, reach: float) -> float:
     return _WIDTH / 2 + (_WIDTH / 2 - _MARGIN) * value / reach
 
 
-def _svg(height: float, label: str, *children: ET.Element) -> ET.Element:
+def _svg(height: int, label: str, *children: ET.Element) -> ET.Element:
     return tag(
-        "svg", *children, viewBox=f"0 0 {_WIDTH} {height:g}", width=_WIDTH, height=f"{height:g}",
+        "svg", *children, viewBox=f"0 0 {_WIDTH} {height}", width=_WIDTH, height=height,
         role="img", aria_label=label,
     )  # fmt: skip
 
@@ -217,4 +217,4 @@ def _mark(i: int, x: float, y: float) -> ET.Element:
 
 def _key(i: int) -> ET.Element:
     """The mark of an arm, for the head of its column."""
-    return tag("svg", _mark(i, 6, 6), viewBox="0 0 12 12", width="12", height="12", class_="key")
+    return tag("svg", _mark(i, 6.0, 6.0), viewBox="0 0 12 12", width="12", height="12", class_="key")
