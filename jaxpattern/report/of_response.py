@@ -71,7 +71,7 @@ def _matrix(response: Response, unit: str) -> list[ET.Element]:
         body.append(cells)
     said = (
         f"By how much ⟨φ⟩ of a row moves, in {scale.unit}, when the weight of a whole probe set "
-        "goes from 1 to 2: nβ·q·χ ± one standard error. Gray: within two errors of zero."
+        "goes from 1 to 2: nβ·q·χ ± one standard error. Italic: within two errors of zero."
     )
     return [
         tag("p", said, class_="note"),
