@@ -39,8 +39,7 @@ def section(response: Response, unit: str) -> tuple[list[ET.Element], dict[str, 
         tag("p", tag("span", "χ > 0", class_="heat pos", style="--v:1"),
             " more weight raises ⟨φ⟩. ",
             tag("span", "χ < 0", class_="heat neg", style="--v:1"),
-            f" more weight lowers it. χ is in the units of φ ({unit}) times those of the loss "
-            "(nats)."),
+            f" more weight lowers it. χ is in units of φ ({unit}) times those of a loss."),
         tag("p", *notes[1:-1], class_="note"),
         tag("h3", "Response matrix"),
         *_matrix(response, unit),
@@ -207,7 +206,7 @@ def _view(response: Response, directions: PrincipalDirections | None, unit: str)
     }
     view: dict[str, Any] = {
         "title": "Tokens" if any(len(s) > 1 for s in response.columns.shapes) else "Samples",
-        "symbol": "χ", "unit": f"{unit} × nats", "center": 0, "rows": list(response.rows),
+        "symbol": "χ", "unit": f"{unit} × loss", "center": 0, "rows": list(response.rows),
         "probes": probes,
     }  # fmt: skip
     if directions is not None:

@@ -208,7 +208,7 @@
       const lines = text.known ? [`“${onOneLine(text.at(s, i)).slice(0, 120)}”`] : [];
       const out = this.counted[name] && !this.counted[name][j];
       lines.push(out ? "excluded: weight 0" : `${row ? this.view.symbol : "coordinate"} = ${measured(values[j], errors ? errors[j] : NaN)}   (${label})`);
-      if (loss) lines.push(`loss ${general(loss[j])} nats`);
+      if (loss) lines.push(`loss ${general(loss[j])}`);
       lines.push(`${name}, ${length > 1 ? `sequence ${s}, loss ${i}` : `sample ${s}`}`);
       return lines;
     }

@@ -217,4 +217,6 @@ def _mark(i: int, x: float, y: float) -> ET.Element:
 
 def _key(i: int) -> ET.Element:
     """The mark of an arm, for the head of its column."""
-    return tag("svg", _mark(i, 6.0, 6.0), viewBox="0 0 12 12", width="12", height="12", class_="key")
+    return tag(
+        "svg", _mark(i, 6.0, 6.0), viewBox="0 0 12 12", width="12", height="12", class_="key"
+    )

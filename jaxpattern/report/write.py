@@ -61,7 +61,7 @@ def report(
             loss, or `[B, T]`; of losses `[B]` one text or row of tokens per sample. Tokens are
             texts, or integers that `decode` reads. Without, columns show their positions.
         decode: tokens to text; by default they are bytes.
-        losses: probe set → losses at w*, of the shape of its columns, in nats.
+        losses: probe set → losses at w*, of the shape of its columns.
         realised: of an intervention, what came: row → shift or (shift, standard error), or several
             such mappings by name.
         title: of the page.
