@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,26 +17,33 @@ from jaxpattern.response.result import Response, describe, doubts, effects
 from jaxpattern.tables import measured
 
 MAX_DIRECTIONS = 8
+LEAST = 1e-3  # share of the variance of a direction that is listed
 
-MEANING = (
+_SAMPLED = (
     "Each row is an expectation ⟨φ⟩ over the network's posterior: the loss on some held-out text, "
-    "or how much a component of the network matters. χ says how it answers to a single loss of the "
-    "training data, a column. Raising the weight ρ of column j from 1 to 2 moves ⟨φ⟩ by "
-    "nβ·q·χ, to first order; q is the column's share of the data."
+    "or how much a component of the network matters. "
+)
+_TRAINED = (
+    "Each row is φ at the end of training, a mean over seeds: the loss on some held-out text. "
+)
+_MEANING = (
+    "χ says how it answers to the training data, of which a column is one loss, or the mean of a "
+    "probe set. Raising the weight ρ of a column from 1 to 2 moves ⟨φ⟩ by nβ·q·χ, to first order; "
+    "q is the column's share of the data."
 )
 
 
 def section(response: Response, unit: str) -> tuple[list[ET.Element], dict[str, Any] | None]:
     """The section, and the numbers of its columns where each is one loss."""
     title, _, notes = describe(response)
-    fine = not any(doubts(response))
+    fine, trained = not any(doubts(response)), "horizon" in response.diagnostics
     directions = _directions(response)
     parts = [
         tag("h2", title),
         tag("p", tag("strong", "Fine: " if fine else "Careful: "),
             f"{response.verdict.removeprefix('χ: ')}.",
             class_="verdict " + ("fine" if fine else "doubt")),
-        tag("p", MEANING),
+        tag("p", (_TRAINED if trained else _SAMPLED) + _MEANING),
         tag("p", tag("span", "χ > 0", class_="heat pos", style="--v:1"),
             " more weight raises ⟨φ⟩. ",
             tag("span", "χ < 0", class_="heat neg", style="--v:1"),
@@ -43,7 +51,7 @@ def section(response: Response, unit: str) -> tuple[list[ET.Element], dict[str, 
         tag("p", *notes[1:-1], class_="note"),
         tag("h3", "Response matrix"),
         *_matrix(response, unit),
-        tag("h3", "Training runs" if "horizon" in response.diagnostics else "Chains"),
+        tag("h3", "Training runs" if trained else "Chains"),
         *_health(response, unit),
     ]  # fmt: skip
     if isinstance(directions, str):
@@ -58,6 +66,10 @@ def section(response: Response, unit: str) -> tuple[list[ET.Element], dict[str, 
 def _matrix(response: Response, unit: str) -> list[ET.Element]:
     """nβ q χ of each row and probe set."""
     effect, error = effects(response)
+    names = response.columns.names
+    if set(names) == set(response.rows):  # in the same order, so that the diagonal is one
+        order = [names.index(row) for row in response.rows]
+        names, effect, error = response.rows, effect[:, order], error[:, order]
     scale = scale_of(effect, unit)
     whole = largest(effect)
     body: list[list[Child]] = []
@@ -75,7 +87,7 @@ def _matrix(response: Response, unit: str) -> list[ET.Element]:
     return [
         tag("p", said, class_="note"),
         _by_row(),
-        table(["row", *response.columns.names], body, name="response matrix"),
+        table(["row", *names], body, name="response matrix"),
     ]
 
 
@@ -101,9 +113,9 @@ def _health(response: Response, unit: str) -> list[ET.Element]:
             row,
             tag("td", "; ".join(found) if found else "fine", class_="doubt" if found else "words"),
             measured(float(response.mean[k]), float(response.mean_stderr[k])),
-            f"{float(response.rhat[k]):.3f}",
-            f"{float(response.ess[k]):.0f}",
-            *(f"{values[k]:{digits}}" for _, values, digits, _ in columns),
+            _said(response.rhat[k], ".3f"),
+            _said(response.ess[k], ".0f"),
+            *(_said(values[k], digits) for _, values, digits, _ in columns),
             f"{int(lost[k])} of {chains}",
         ]
         body.append(cells)
@@ -139,6 +151,10 @@ _DIAGNOSTICS = (
 )  # fmt: skip
 
 
+def _said(value: Any, digits: str) -> str:
+    return format(float(value), digits) if math.isfinite(float(value)) else "–"
+
+
 def _worst(values: Any) -> np.ndarray:
     """The largest of each row, over chains and the like."""
     array = np.asarray(values, np.float64)
@@ -155,9 +171,15 @@ def _directions(response: Response) -> PrincipalDirections | str | None:
     if most < 2:
         return None
     try:
-        return principal_directions(response, most)
+        found = principal_directions(response, most)
     except ValueError as error:
         return f"None: {error}."
+    kept = slice(max(int(np.sum(np.asarray(found.explained) > LEAST)), 1))
+    return replace(
+        found,
+        **{name: getattr(found, name)[kept] for name in
+           ("loadings", "variance", "explained", "noise_variance", "reliability", "half_cosine")},
+    )  # fmt: skip
 
 
 def _loadings(directions: PrincipalDirections) -> list[ET.Element]:
@@ -171,8 +193,7 @@ def _loadings(directions: PrincipalDirections) -> list[ET.Element]:
         ("agreement of two halves", directions.half_cosine, ".2f"),
     )
     body: list[list[Child]] = [
-        [name, *(format(float(x), form) if math.isfinite(float(x)) else "?" for x in values)]
-        for name, values, form in about
+        [name, *(_said(x, form) for x in values)] for name, values, form in about
     ]
     for k, row in enumerate(directions.rows):
         cells = [

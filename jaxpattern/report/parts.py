@@ -109,7 +109,7 @@ class Arm(NamedTuple):
     shifts: dict[str, tuple[float, float]]
 
 
-_WIDTH, _MARGIN, _LINE = 260, 10, 11
+_WIDTH, _MARGIN, _LINE = 280, 20, 11
 
 
 def compared(arms: Sequence[Arm], wanted: dict[str, float], unit: str) -> list[ET.Element]:
@@ -143,7 +143,7 @@ def compared(arms: Sequence[Arm], wanted: dict[str, float], unit: str) -> list[E
         body.append(cells)
     said = f"Shifts in {scale.unit}, ± one standard error; drawn bars are two."
     if asked:
-        said += " The upright line is what was wanted."
+        said += " The dashed line is what was wanted."
     return [
         table(header, body, name="shifts"),
         tag("p", said, class_="note"),
@@ -176,9 +176,9 @@ def _svg(height: int, label: str, *children: ET.Element) -> ET.Element:
 def _axis(reach: float, unit: str) -> ET.Element:
     """The ends and the middle of the line."""
     marks = []
-    for value, anchor in ((-reach, "start"), (0.0, "middle"), (reach, "end")):
-        x = {"start": 0.0, "middle": _WIDTH / 2, "end": float(_WIDTH)}[anchor]
-        marks.append(tag("text", f"{value:.2g}", x=f"{x:g}", y="12", text_anchor=anchor))
+    for value in (-reach, 0.0, reach):
+        x = f"{_place(value, reach):g}"
+        marks.append(tag("text", f"{value:.2g}", x=x, y=12, text_anchor="middle"))
     return tag("span", _svg(16, "axis", *marks), tag("small", unit))
 
 
