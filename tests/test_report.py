@@ -81,7 +81,7 @@ def test_the_page_carries_chi_to_the_bit(response, tmp_path):
     assert view["probes"]["prose"]["counted"] is None
     np.testing.assert_array_equal(unpacked(page.data["losses"]["code"]), losses["code"].ravel())
     directions = jp.principal_directions(replace(response, mass=mass))
-    np.testing.assert_array_equal(view["directions"]["loadings"], np.float64(directions.loadings))
+    np.testing.assert_allclose(view["directions"]["loadings"], directions.loadings, atol=1e-5)
     shown = page.tables["directions"]
     assert float(shown[1][1].rstrip("%")) == pytest.approx(
         100 * float(directions.explained[0]), abs=0.06
@@ -138,6 +138,19 @@ def test_verdicts_and_health_are_in_words(response, tmp_path):
     assert column["growth"] == ["2", "0.5", "7"]
     assert column["drift"] == ["0.1", "0.1", "2.5"]
     assert column["lost chains"] == ["0 of 2", "0 of 2", "1 of 2"]
+
+
+def test_why_there_are_no_directions_is_said(response, tmp_path):
+    path = tmp_path / "page.html"
+    still = {name: x.at[1].set(0.25) for name, x in response.chi.items()}
+    page = Page(jp.report(replace(response, chi=still), path))
+    assert "None: rows ['row1'] of χ do not vary over the columns." in page.text
+    lost = {**response.chi, "prose": response.chi["prose"].at[0, 3].set(jnp.nan)}
+    page = Page(jp.report(replace(response, chi=lost), path))
+    assert "None: χ is not finite at columns of nonzero weight." in page.text
+    assert "directions" not in page.tables
+    page = Page(jp.report(make_response(1, halves=True), path))
+    assert "Principal directions" not in page.text
 
 
 def test_an_intervention_beside_what_came(response, tmp_path):

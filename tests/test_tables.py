@@ -157,12 +157,8 @@ def test_other_results_in_notebooks():
     assert "<h4>&lt;a&gt;</h4><p><b>Local learning coefficient" in written
     assert "<pre>x &lt; y</pre>" in written
     numbers = np.arange(1.0, 21.0)
-    swept = jp.Sweep(
-        *(numbers for _ in range(8)),
-        np.zeros((20, 1, 1)),
-        numbers > 5,
-        (("bad",),) * 5 + ((),) * 15,
-    )
+    problems = (("bad",),) * 5 + ((),) * 15
+    swept = jp.Sweep(*[numbers] * 8, np.zeros((20, 1, 1)), numbers > 5, problems)
     written = swept._repr_html_()
     assert written.count("<tr>") == 21
     assert written.count("<td>bad</td>") == 5

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxpattern.report.given import packed
@@ -107,14 +108,16 @@ def _health(response: Response, unit: str) -> list[ET.Element]:
     ]  # fmt: skip
     lost = np.asarray(response.diverged).sum(axis=-1)
     chains = np.shape(response.diverged)[-1]
+    mean, stderr = np.asarray(response.mean), np.asarray(response.mean_stderr)
+    rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
     body: list[list[Child]] = []
     for k, (row, found) in enumerate(zip(response.rows, doubts(response), strict=True)):
         cells: list[Child] = [
             row,
             tag("td", "; ".join(found) if found else "fine", class_="doubt" if found else "words"),
-            measured(float(response.mean[k]), float(response.mean_stderr[k])),
-            _said(response.rhat[k], ".3f"),
-            _said(response.ess[k], ".0f"),
+            measured(float(mean[k]), float(stderr[k])),
+            _said(rhat[k], ".3f"),
+            _said(ess[k], ".0f"),
             *(_said(values[k], digits) for _, values, digits, _ in columns),
             f"{int(lost[k])} of {chains}",
         ]
@@ -166,20 +169,28 @@ def _worst(values: Any) -> np.ndarray:
 def _directions(response: Response) -> PrincipalDirections | str | None:
     """The leading directions, or why there are none; None where there is nothing to decompose."""
     columns = response.columns
-    counted = sum(int(np.sum(np.asarray(response.mass[name]) > 0)) for name in columns.names)
-    most = min(len(response.rows), counted, MAX_DIRECTIONS)
+    mass = {name: np.asarray(response.mass[name]) for name in columns.names}
+    most = min(len(response.rows), sum(int(np.sum(x > 0)) for x in mass.values()), MAX_DIRECTIONS)
     if most < 2:
         return None
-    try:
-        found = principal_directions(response, most)
-    except ValueError as error:
-        return f"None: {error}."
+    if not all(np.isfinite(np.asarray(response.chi[n])[:, x > 0]).all() for n, x in mass.items()):
+        return "None: χ is not finite at columns of nonzero weight."
+    found = _decomposed(response, num=most)
+    scale, center = np.asarray(found.scale), np.asarray(found.center)
+    still = scale <= 10 * np.finfo(scale.dtype).eps * np.abs(center)
+    if still.any():
+        names = [row for row, no in zip(response.rows, still, strict=True) if no]
+        return f"None: rows {names} of χ do not vary over the columns."
     kept = slice(max(int(np.sum(np.asarray(found.explained) > LEAST)), 1))
     return replace(
         found,
-        **{name: getattr(found, name)[kept] for name in
+        **{name: jax.device_put(np.asarray(getattr(found, name))[kept]) for name in
            ("loadings", "variance", "explained", "noise_variance", "reliability", "half_cosine")},
     )  # fmt: skip
+
+
+# One program; what it cannot check while it is traced is checked above.
+_decomposed = jax.jit(principal_directions, static_argnames="num")
 
 
 def _loadings(directions: PrincipalDirections) -> list[ET.Element]:
@@ -187,10 +198,10 @@ def _loadings(directions: PrincipalDirections) -> list[ET.Element]:
     loadings = np.asarray(directions.loadings, np.float64)
     top = largest(loadings)
     about: Sequence[tuple[str, Any, str]] = (
-        ("variance explained", directions.explained, ".1%"),
+        ("variance explained", np.asarray(directions.explained), ".1%"),
         ("of that, noise", _ratio(directions.noise_variance, directions.variance), ".0%"),
-        ("reliability", directions.reliability, ".2f"),
-        ("agreement of two halves", directions.half_cosine, ".2f"),
+        ("reliability", np.asarray(directions.reliability), ".2f"),
+        ("agreement of two halves", np.asarray(directions.half_cosine), ".2f"),
     )
     body: list[list[Child]] = [
         [name, *(_said(x, form) for x in values)] for name, values, form in about
@@ -205,7 +216,7 @@ def _loadings(directions: PrincipalDirections) -> list[ET.Element]:
         "A column of positive coordinate raises, with more weight, the rows of positive loading. "
         "Reliability: cosine between two halves of the draws; near 0 is noise."
     )
-    heads = [f"{k + 1}" for k in range(len(loadings))]
+    heads = [f"{k}" for k in range(len(loadings))]
     return [tag("p", said, class_="note"), table(["direction", *heads], body, name="directions")]
 
 

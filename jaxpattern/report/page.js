@@ -66,7 +66,7 @@
       }
       this.find("title").textContent = view.title;
       this.fill("choice", view.rows.map((row, k) => [`row ${k}`, row]));
-      if (view.directions) this.fill("choice", view.directions.loadings.map((_, k) => [`direction ${k}`, `direction ${k + 1}`]));
+      if (view.directions) this.fill("choice", view.directions.loadings.map((_, k) => [`direction ${k}`, `direction ${k}`]));
       this.fill("probe", this.names.map((name) => [name, name]));
       const errors = Object.values(view.probes)[0].errors;
       for (const label of root.querySelectorAll(".only-errors")) label.hidden = !errors;

@@ -190,20 +190,22 @@ def describe(result: PrincipalDirections) -> tables.Page:
     """A line for each direction: what it explains, whether it repeats, its largest loadings."""
     title = f"Principal directions of {len(result.rows)} rows"
     tables.refuse_unreadable(title, result, result.nbeta)
+    numbers = (result.explained, result.variance, result.noise_variance, result.reliability,
+               result.half_cosine)  # fmt: skip
     body = []
     for k, loadings in enumerate(np.asarray(result.loadings)):
+        explained, variance, noise, reliability, halves = (float(np.asarray(x)[k]) for x in numbers)
         first = np.argsort(-np.abs(loadings), kind="stable")[:3]
         body.append([
-            str(k), tables.percent(float(result.explained[k])),
-            tables.percent(float(result.noise_variance[k] / result.variance[k])),
-            f"{float(result.reliability[k]):.2f}", f"{float(result.half_cosine[k]):.2f}",
+            str(k), tables.percent(explained), tables.percent(noise / variance),
+            f"{reliability:.2f}", f"{halves:.2f}",
             ", ".join(f"{result.rows[i]} {loadings[i]:+.2f}" for i in first),
         ])  # fmt: skip
     header = ["", "explained", "of that, noise", "reliability", "halves", "largest loadings"]
     note = (
-        "Explained: share of the variance of the standardized rows. Reliability and halves: cosines "
-        "between two halves of the draws, with the loadings held and with their own; near 0 is "
-        "noise."
+        "Explained: share of the variance of the standardized rows. Reliability and halves: "
+        "cosines between two halves of the draws, with the loadings held and with their own; near "
+        "0 is noise."
     )
     return tables.Page(title, (tables.Grid(header, body),), (note,))
 
