@@ -110,14 +110,14 @@ def line(monkeypatch):
 
 
 def test_no_time_is_shown_that_nobody_knows(line):
-    """The first chunk compiles for half a second; then each of 40 steps takes 0.02."""
+    """The first chunk compiles for half a second, and one halfway; each of 40 steps takes 0.02."""
 
     def advance(state, a, b):
-        time.sleep(0.5 * (a == 0) + 0.02 * (b - a))
+        time.sleep(0.5 * (a in (0, 20)) + 0.02 * (b - a))
         return state
 
     Host(progress=True).loop(
-        "LLC", 40, lambda: jnp.zeros(()), advance, note=lambda state, a, b: f"at={b}"
+        "LLC", 40, lambda: jnp.zeros(()), advance, cuts=(20,), note=lambda state, a, b: f"at={b}"
     )
     first, second, *rest = line()
     assert first.startswith("LLC: compiling:   0%")
@@ -125,8 +125,11 @@ def test_no_time_is_shown_that_nobody_knows(line):
     assert second.startswith("LLC:")
     assert "<?" in second
     assert "at=1" in second
-    shown = [text for text in rest if "step/s" in text]
-    assert shown
+    (halfway,) = [text for text in rest if "compiling" in text]
+    assert halfway.startswith("LLC: compiling:  50%")
+    assert "<?" in halfway
+    shown = [text for text in rest if "step/s" in text and "<?" not in text]
+    assert shown[-1].startswith("LLC: 100%")
     for text in shown:
         rate = float(text.split("step/s")[0].split()[-1].lstrip(","))
         assert 25 < rate < 51, text
