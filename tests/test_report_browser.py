@@ -191,6 +191,37 @@ def test_extremes_come_in_order_and_lead_to_their_place(show, response):
     assert browser.execute_script("return document.querySelectorAll('.here').length") == 1
 
 
+def test_small_numbers_share_a_power_of_ten(show, response):
+    small = replace(
+        response,
+        chi={name: 3e-5 * x for name, x in response.chi.items()},
+        stderr={name: 3e-5 * x for name, x in response.stderr.items()},
+    )
+    browser = show(small, tokens={"code": WORDS})
+    chi = flat(response.chi, 0)
+    value, place, _ = rows_of(browser, "largest")[0]
+    names = [f"code {i // 3}:{i % 3}" for i in range(15)] + [f"prose {i}" for i in range(9)]
+    got, rounding = number(value)
+    assert abs(got[0] - 30 * chi[names.index(place)]) < rounding[0]
+    assert abs(got[1] - 9) < rounding[1]
+    head = browser.execute_script("return document.querySelector('.largest th').textContent")
+    assert head == "χ, 10⁻⁶"
+    legend = browser.execute_script("return document.querySelector('.legend').textContent")
+    assert "10⁻⁶ nats × loss" in legend
+
+
+def test_each_text_can_be_listed_once(show, response):
+    browser = show(response, tokens={"code": [["", "a", "b", "c"]] * 5})
+    choose(browser, "once", None)
+    chi = np.float64(response.chi["code"][0]).ravel()
+    best = {}
+    for i in np.argsort(-chi, kind="stable"):
+        if i != 5:
+            best.setdefault(i % 3, f"code {i // 3}:{i % 3}")
+    places = [row[1] for row in rows_of(browser, "largest")]
+    assert [place for place in places if place.startswith("code")] == list(best.values())
+
+
 def test_coordinates_are_those_of_the_directions(show, response):
     browser = show(response, tokens={"code": WORDS})
     choose(browser, "choice", "direction 1")

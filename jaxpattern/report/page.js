@@ -5,6 +5,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const tip = document.getElementById("tip");
   const SCREEN = 2000; // columns drawn at once
+  const RAISED = Object.fromEntries([..."-0123456789"].map((c, i) => [c, "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"[i]]));
   const CONTEXT = 8; // tokens on either side of an extreme one
 
   const unpack = (text, Kind) => {
@@ -70,6 +71,7 @@
       this.fill("probe", this.names.map((name) => [name, name]));
       const errors = Object.values(view.probes)[0].errors;
       for (const label of root.querySelectorAll(".only-errors")) label.hidden = !errors;
+      this.find("only-texts").hidden = !this.names.some((name) => this.texts[name].known);
       this.choice = "row 0"; this.screen = 0; this.here = null;
       this.listen();
       this.open(this.names[0], 0);
@@ -129,9 +131,17 @@
       const sorted = Float32Array.from(sizes).sort();
       this.top = sorted[Math.ceil(0.99 * sorted.length) - 1] || sorted[sorted.length - 1] || 1;
       const { center } = this.view, unit = this.choice.startsWith("row") ? this.view.unit : "standard deviations";
-      this.find("low").textContent = general(center - this.top);
-      this.find("high").textContent = general(center + this.top);
-      this.find("cap").textContent = `${unit}; one column in a hundred lies beyond and has the last color. Struck out: excluded, of weight 0.`;
+      const power = center ? 0 : 3 * Math.floor(Math.log10(this.top) / 3);
+      this.divisor = 10 ** power;
+      this.power = power ? `10${String(power).replace(/./g, (c) => RAISED[c])}` : "";
+      this.find("low").textContent = general((center - this.top) / this.divisor);
+      this.find("high").textContent = general((center + this.top) / this.divisor);
+      this.find("cap").textContent = `${`${this.power} ${unit}`.trim()}; one column in a hundred lies beyond and has the last color.${this.names.some((name) => this.counted[name]) ? " Struck out: excluded, of weight 0." : ""}`;
+    }
+
+    // A value and its error, in the power of ten of the present choice.
+    said(values, errors, j) {
+      return measured(values[j] / this.divisor, errors ? errors[j] / this.divisor : NaN);
     }
 
     // A screen: some whole sequences, or a piece of one that is long.
@@ -142,6 +152,7 @@
       this.together = length > 1 ? Math.max(1, Math.floor(SCREEN / this.piece)) : 100;
       this.screens = Math.max(1, Math.ceil((count * this.pieces) / this.together));
       this.find("sequence").max = count - 1;
+      this.find("text").classList.toggle("short", length <= 160);
     }
 
     open(name, sequence, column = 0) {
@@ -207,7 +218,7 @@
       const row = this.choice.startsWith("row"), label = this.label();
       const lines = text.known ? [`“${onOneLine(text.at(s, i)).slice(0, 120)}”`] : [];
       const out = this.counted[name] && !this.counted[name][j];
-      lines.push(out ? "excluded: weight 0" : `${row ? this.view.symbol : "coordinate"} = ${measured(values[j], errors ? errors[j] : NaN)}   (${label})`);
+      lines.push(out ? "excluded: weight 0" : `${row ? this.view.symbol : "coordinate"} = ${this.said(values, errors, j)}${this.power && ` · ${this.power}`}   (${label})`);
       if (loss) lines.push(`loss ${general(loss[j])}`);
       lines.push(`${name}, ${length > 1 ? `sequence ${s}, loss ${i}` : `sample ${s}`}`);
       return lines;
@@ -239,20 +250,30 @@
         if (!hasErrors) listed.push([value, name, j]);
         else if (usable(error)) listed.push([order === "value" ? value : (value - this.view.center) / error, name, j]);
       });
-      const keys = Float64Array.from(listed, (entry) => entry[0]).sort();
-      const number = Math.min(many, keys.length);
-      const low = keys[number - 1], high = keys[keys.length - number];
       // Ties stay in the order of the text.
-      const smallest = listed.filter((x) => x[0] <= low).sort((a, b) => a[0] - b[0]).slice(0, number);
-      const largest = listed.filter((x) => x[0] >= high).sort((a, b) => b[0] - a[0]).slice(0, number);
       this.find("of").textContent = this.label();
-      this.list("largest", largest);
-      this.list("smallest", smallest);
+      this.list("largest", this.first(listed.slice().sort((a, b) => b[0] - a[0]), many));
+      this.list("smallest", this.first(listed.sort((a, b) => a[0] - b[0]), many));
+    }
+
+    // The first so many; where asked for, no text twice.
+    first(entries, many) {
+      if (!this.find("once").checked) return entries.slice(0, many);
+      const found = [], seen = new Set();
+      for (const entry of entries) {
+        const [, name, j] = entry, [, length] = this.view.probes[name].shape;
+        const text = this.texts[name].at(Math.floor(j / length), j % length);
+        if (found.length === many) break;
+        if (!seen.has(text)) found.push(entry);
+        seen.add(text);
+      }
+      return found;
     }
 
     list(kind, entries) {
       const table = this.find(kind), head = make("tr");
-      for (const title of [this.choice.startsWith("row") ? this.view.symbol : "coordinate", "where", "in context"]) head.append(make("th", title));
+      const quantity = this.choice.startsWith("row") ? this.view.symbol : "coordinate";
+      for (const title of [this.power ? `${quantity}, ${this.power}` : quantity, "where", "in context"]) head.append(make("th", title));
       table.tHead.replaceChildren(head);
       const rows = entries.map(([, name, j]) => {
         const { values, errors } = this.numbers(name), [, length] = this.view.probes[name].shape;
@@ -262,7 +283,7 @@
         go.addEventListener("click", () => this.go(name, j));
         const cell = make("td");
         cell.append(go);
-        row.append(make("td", measured(values[j], errors ? errors[j] : NaN)), cell, this.context(name, s, i));
+        row.append(make("td", this.said(values, errors, j)), cell, this.context(name, s, i));
         return row;
       });
       table.tBodies[0].replaceChildren(...rows);
@@ -297,6 +318,7 @@
       on("clear", "change", () => this.paint());
       on("order", "change", () => this.extremes());
       on("many", "change", () => this.extremes());
+      on("once", "change", () => this.extremes());
       on("before", "click", () => { this.screen--; this.draw(); });
       on("after", "click", () => { this.screen++; this.draw(); });
       on("sequence", "change", (event) => {
