@@ -136,7 +136,7 @@
       this.power = power ? `10${String(power).replace(/./g, (c) => RAISED[c])}` : "";
       this.find("low").textContent = general((center - this.top) / this.divisor);
       this.find("high").textContent = general((center + this.top) / this.divisor);
-      this.find("cap").textContent = `${`${this.power} ${unit}`.trim()}; one column in a hundred lies beyond and has the last color.${this.names.some((name) => this.counted[name]) ? " Struck out: excluded, of weight 0." : ""}`;
+      this.find("cap").textContent = `${this.power && `· ${this.power} `}${unit}; one column in a hundred lies beyond and has the last color.${this.names.some((name) => this.counted[name]) ? " Struck out: excluded, of weight 0." : ""}`;
     }
 
     // A value and its error, in the power of ten of the present choice.
@@ -218,7 +218,7 @@
       const row = this.choice.startsWith("row"), label = this.label();
       const lines = text.known ? [`“${onOneLine(text.at(s, i)).slice(0, 120)}”`] : [];
       const out = this.counted[name] && !this.counted[name][j];
-      lines.push(out ? "excluded: weight 0" : `${row ? this.view.symbol : "coordinate"} = ${this.said(values, errors, j)}${this.power && ` · ${this.power}`}   (${label})`);
+      lines.push(out ? "excluded: weight 0" : `${row ? this.view.symbol : "coordinate"} = ${this.power ? `(${this.said(values, errors, j)}) · ${this.power}` : this.said(values, errors, j)}   (${label})`);
       if (loss) lines.push(`loss ${general(loss[j])}`);
       lines.push(`${name}, ${length > 1 ? `sequence ${s}, loss ${i}` : `sample ${s}`}`);
       return lines;
