@@ -34,6 +34,7 @@ import jaxpattern as jp
 from jaxpattern import plot
 from jaxpattern.data import text
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
+from stages import writable
 
 
 class Settings(NamedTuple):
@@ -79,6 +80,7 @@ ESTIMATOR = jp.pathwise(mode="tangent", probe_batch=8)
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, measure, solve, check and write; returns what the JSON file holds."""
     args = parse(argv)
+    writable(args.out)
     settings = QUICK if args.quick else Settings()
     model = settings.model
     keys = jax.random.split(jax.random.key(args.seed), 3)
@@ -208,12 +210,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "data_sha256": text.fingerprint(np.asarray(data)),
         "version": jp.__version__,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
+    page = jp.report(
+        [response, solution], args.out / "report.html",
+        realised={"sampled again": realised, "retrained": retrained},
+        title=f"Mixture that lowers {lower} and holds {hold}",
+    )  # fmt: skip
     picture, numbers = args.out / "quickstart.png", args.out / "weights.json"
     draw(response, solution, predicted, realised, target).savefig(picture)
     numbers.write_text(json.dumps(result, indent=2, default=lambda x: vars(x)) + "\n")
     clock.report()
-    print(f"\nPicture: {picture}\nWeights: {numbers}")
+    print(f"\nPage:    {page}\nPicture: {picture}\nWeights: {numbers}")
     return result
 
 
