@@ -182,3 +182,40 @@ def test_preconditioned_chains_forget_as_their_gradients_say():
     sampler = jp.rmsprop_sgld(step_size=0.01, stability=0.5)
     assert sampler.relaxation(posterior, 7.0) == pytest.approx(2 * 7.5 / (0.01 * 2))
     assert sampler.relaxation(posterior) == pytest.approx(2 * 1.0 / (0.01 * 2))
+
+
+def absolute_error(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["a"] + params["b"][None])
+    return jnp.abs(hidden @ params["c"] - batch["y"])
+
+
+def absolute(estimator):
+    rng = np.random.default_rng(2)
+    x, a, c = (rng.normal(size=shape) for shape in ((24, 2), (2, 3), 3))
+    y = np.tanh(x @ a) @ c + 0.05 * rng.normal(size=24)
+    data, params = jax.tree.map(
+        lambda x: np.asarray(x, np.float32),
+        ({"x": x, "y": y}, {"a": a, "b": np.zeros(3), "c": c}),
+    )
+    posterior = jp.localized_posterior(absolute_error, params, data, nbeta=100.0, localization=30.0)
+    plan = jp.Plan(num_chains=8, num_burnin=1333, num_draws=10, thin=133)
+    return jp.susceptibilities(
+        KEY, posterior, jp.sgld(step_size=3e-4), plan,
+        observables={"c": lambda p: p["c"][0], "b": lambda p: p["b"][0]}, probes={"all": data},
+        estimator=estimator, progress=False,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::jaxpattern.UnreliableWarning")
+def test_secants_are_widened_where_the_derivative_grew():
+    """A contracting chain stays below 1, which secants as narrow as the noise do not, by little."""
+    limit = 1.005
+    with pytest.warns(jp.GrowthWarning, match="adjoint grew past"):
+        narrow = absolute(jp.pathwise(width=1.0, growth_limit=limit))
+    wide = absolute(jp.pathwise(growth_limit=limit))
+    width = float(wide.estimator.split("of width ")[1].rstrip(")"))
+    assert width in (2, 4, 8)
+    assert wide.diagnostics["growth"].max() < limit < narrow.diagnostics["growth"].max()
+    again = absolute(jp.pathwise(width=width, growth_limit=limit))
+    np.testing.assert_array_equal(wide.chi["all"], again.chi["all"])
+    assert wide.cost > again.cost

@@ -73,6 +73,7 @@ one alone for γ ≥ 50 and 0.85 at γ = 10 (`benchmarks/pathwise.py`), so none 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeAlias
@@ -90,7 +91,7 @@ from jaxpattern.chains.record import Nothing
 from jaxpattern.chains.run import Run
 from jaxpattern.losses import precision_of
 from jaxpattern.response.adjoint import Adjoint
-from jaxpattern.response.fallback import Fallback
+from jaxpattern.response.fallback import Fallback, grew
 from jaxpattern.response.measure import (
     Estimates,
     Part,
@@ -101,7 +102,7 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem, check_reweighted
-from jaxpattern.response.products import BEND, WORDS, Product, product_cost
+from jaxpattern.response.products import BEND, Product, in_words, product_cost
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.schedule import mean_blocks
 from jaxpattern.response.sweeping import SLOTS, Sweep, plan_sweep
@@ -111,6 +112,7 @@ from jaxpattern.validation import check_count, check_number, renamed
 
 _HESSIAN_SHARE = 4
 _ROUNDING = 0.1
+_WIDEST = 8.0
 
 
 Pilots: TypeAlias = dict[tuple[int, ...], Pilot | None]
@@ -150,17 +152,39 @@ class Pathwise:
         pilots = {group.ids: fly(run, group) for group in problem.groups}
         forwards = self.product_of(run, pilots)
         product = self.product_of(run, pilots, problem.num_rows)
-        tangent = Tangent(self.probe_batch, self.antithetic, forwards, self.width or 1.0)
+
+        def tangent(width: float) -> Response:
+            measure = Tangent(self.probe_batch, self.antithetic, forwards, width, self.growth_limit)
+            return measure(run, problem, host, pilots)
+
         if self.mode == "tangent":
-            return self._settled(tangent(run, problem, host, pilots), run, problem, host)
+            return self._settled(self._widened(tangent, forwards), run, problem, host)
         gradients = [p.gradient for p in pilots.values() if p is not None]
         gradient = float(np.max(np.concatenate(gradients))) if gradients else None
         sweep = self.sweep(run, problem, gradient)
+
+        def adjoint(width: float) -> Response:
+            return self._adjoint(sweep, problem, host, product, width, pilots)
+
+        measure, used = adjoint, product
         if self.mode == "auto":
-            if tangent.cost(run, problem) < self.cost(sweep, problem, product):
-                return self._settled(tangent(run, problem, host, pilots), run, problem, host)
-            return group_mean(self._adjoint(sweep, problem, host, product, pilots))
-        return self._adjoint(sweep, problem, host, product, pilots)
+            forth = Tangent(self.probe_batch, self.antithetic, forwards, 1.0, self.growth_limit)
+            if forth.cost(run, problem) < self.cost(sweep, problem, product):
+                measure, used = tangent, forwards
+        response = self._settled(
+            self._widened(measure, used), sweep.run if measure is adjoint else run, problem, host
+        )
+        return group_mean(response) if self.mode == "auto" and measure is adjoint else response
+
+    def _widened(self, measure: Callable[[float], Response], product: Product) -> Response:
+        """χ by secants as wide as the noise of a step, and wider where it grew."""
+        width = self.width or 1.0
+        response = measure(width)
+        while self.width is None and product != "autodiff" and width < _WIDEST and grew(response):
+            width *= 2
+            wider = measure(width)
+            response = replace(wider, cost=wider.cost + response.cost)
+        return response
 
     @property
     def _settled(self) -> Fallback:
@@ -199,12 +223,18 @@ class Pathwise:
         return "one-sided" if straight and number != 1 else "central"
 
     def _adjoint(
-        self, sweep: Sweep, problem: Problem, host: Host, product: Product, pilots: Pilots
+        self,
+        sweep: Sweep,
+        problem: Problem,
+        host: Host,
+        product: Product,
+        width: float,
+        pilots: Pilots,
     ) -> Response:
         run, cost = sweep.run, self.cost(sweep, problem, product)
 
         def measure(group: ComponentGroup) -> Part:
-            look = self.look(sweep, problem.core.on(host.mesh), product)
+            look = self.look(sweep, problem.core.on(host.mesh), product, width)
             recorded = run_chains(
                 run, Nothing(), host, group, look=look,
                 segments=sweep.schedule, antithetic=self.antithetic,
@@ -213,11 +243,16 @@ class Pathwise:
             return self.part(run, problem, group, recorded, pilots[group.ids])
 
         every = "" if self.every is None else f", every {self.every}"
-        name = f"pathwise (adjoint, window {sweep.window}{every}, {WORDS[product]})"
-        response = by_component(run, problem, measure, name=name, cost=cost)
-        return self._settled(response, run, problem, host)
+        name = f"pathwise (adjoint, window {sweep.window}{every}, {in_words(product, width)})"
+        return by_component(run, problem, measure, name=name, cost=cost)
 
-    def look(self, sweep: Sweep, problem: Problem, product: Product = "central") -> Adjoint:
+    def look(
+        self,
+        sweep: Sweep,
+        problem: Problem,
+        product: Product = "central",
+        width: float | None = None,
+    ) -> Adjoint:
         """What sweeps back over the segments of a chain."""
         batch, plan = sweep.run.batch, sweep.run.plan
         part = self.hessian_batch or -(-batch // _HESSIAN_SHARE)
@@ -232,7 +267,7 @@ class Pathwise:
             hessian_batch=part if part < batch else None,
             reference_batch=plan.batch_size if fresh else None,
             product=product,
-            width=np.asarray(self.width or 1.0, problem.offsets.dtype),
+            width=np.asarray(width or self.width or 1.0, problem.offsets.dtype),
         )
 
     def part(
@@ -329,7 +364,9 @@ def pathwise(
             default a difference where the gradients are exact enough for it (float32 at full matmul
             precision, which is measured), one-sided where they hardly bend on that scale (measured
             too) and that is cheaper, and autodiff's elsewhere; the result says which.
-        width: c, the distance of those gradients from each other in units of 2 √ε. By default 1.
+        width: c, the distance of those gradients from each other in units of 2 √ε. By default 1,
+            and measured again with twice that, up to 8, where the derivative grew past the limit;
+            the result says which.
         on_unreliable: where `Response.verdict` finds that the covariance of the same draws
             contradicts a row, that the chain is shorter than its memory, or that its chains have
             not settled: `"warn"`; `"covariance"`, which measures such rows by `covariance()`

@@ -46,6 +46,12 @@ WORDS = {
 }
 
 
+def in_words(product: Product, width: float) -> str:
+    """How products were computed."""
+    wide = "" if product == "autodiff" or width == 1 else f" of width {width:g}"
+    return WORDS[product] + wide
+
+
 def product_cost(product: Product, number: int) -> int:
     """Gradients that so many products at one place cost; autodiff's counts two, and one for all."""
     return {"central": 2 * number, "one-sided": 1 + number, "autodiff": 1 + 2 * number}[product]
