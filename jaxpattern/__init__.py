@@ -42,6 +42,7 @@ from jaxpattern.lm.tokens import (
 from jaxpattern.observables import excess_loss, mean_loss, mean_losses
 from jaxpattern.online import pattern
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
+from jaxpattern.preconditioned import rmsprop_sgld
 from jaxpattern.report import report
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
@@ -70,7 +71,7 @@ from jaxpattern.runtime.folder import CheckpointError, CheckpointWarning, Interr
 from jaxpattern.runtime.host import Host
 from jaxpattern.runtime.mesh import is_first_process, mesh, shard_params
 from jaxpattern.runtime.processes import ProcessError, from_processes, start
-from jaxpattern.samplers import Sampler, make_sampler, mala, rmsprop_sgld, sgld, sgnht
+from jaxpattern.samplers import Sampler, make_sampler, mala, sgld, sgnht
 from jaxpattern.sampling import sample
 from jaxpattern.several import LLC, Chi, Measured, measure
 from jaxpattern.sweep import Sweep, sweep

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from jaxpattern.posterior import Posterior, Target
 from jaxpattern.types import Position, SamplingAlgorithm
@@ -48,6 +48,7 @@ class Sampler:
             as `"gradient"`.
         step_scale: function of state and settings that gives the standard deviation of the random
             part of a step, a number or one for each parameter; None: not known.
+        caveat: what is known to be wrong with the law of its chains, in words; results repeat it.
         tempers_noise: whether its friction adapts to the noise of mini-batches, so that they do not
             heat it.
         name: what it is called.
@@ -62,6 +63,7 @@ class Sampler:
     step_scale: Callable[[Any, dict[str, Any]], Any] | None = field(
         default=None, metadata={"static": True}
     )
+    caveat: str = field(default="", metadata={"static": True})
     tempers_noise: bool = field(default=False, metadata={"static": True})
     name: str = field(default="sampler", metadata={"static": True})
 
@@ -154,7 +156,7 @@ def sgld(*, step_size: float | Float[Array, ""], noise: Noise = "flat") -> Sampl
     """
     check_number("step_size", step_size, minimum=0.0, exclusive=True)
     return Sampler(
-        Partial(_noise_of(noise, _sgld, _sgld_by_leaf), step_size=step_size),
+        Partial(noise_of(noise, _sgld, _sgld_by_leaf), step_size=step_size),
         gradients_per_step=1,
         relaxation_steps=_overdamped,
         step_scale=_root_step,
@@ -172,7 +174,7 @@ def _overdamped(posterior: Posterior, settings: dict[str, Any]) -> float:
     return 2 / (float(settings["step_size"]) * float(posterior.localization))
 
 
-def _noise_of(noise: str, flat: Any, leaf: Any) -> Any:
+def noise_of(noise: str, flat: Any, leaf: Any) -> Any:
     if noise not in ("flat", "leaf"):
         raise ValueError(f"noise must be 'flat' or 'leaf', got {noise!r}")
     return flat if noise == "flat" else leaf
@@ -233,140 +235,6 @@ def noise_flat(key: Key[Array, ""], position: Position) -> Position:
     return _cast_like(import_blackjax().util.generate_gaussian_noise(key, position), position)
 
 
-class RmspropState(NamedTuple):
-    """Position, running mean of squared loss gradients, and number of steps taken."""
-
-    position: Position
-    square_average: Position
-    num_steps: Int[Array, ""]
-
-
-def rmsprop_sgld(
-    *,
-    step_size: float | Float[Array, ""],
-    decay: float = 0.99,
-    stability: float = 0.1,
-    initial_square: float = 1.0,
-    bias_correction: bool = True,
-    noise: Noise = "flat",
-) -> Sampler:
-    """SGLD with an RMSprop preconditioner, ε_t = ε / (√v̂_t + e).
-
-    v_t = a v_{t−1} + (1−a) g_t² of the loss gradient g_t = ∇L_B(w_t) (nβ not in it),
-    v̂_t = v_t / (1 − a^{t+1}) and w ← w + (ε_t/2) ∇log p + √ε_t ξ elementwise. The drift term for
-    the change of the preconditioner (Γ) is left out, as in the published runs.
-
-    Args:
-        step_size: ε > 0.
-        decay: a in [0, 1).
-        stability: e > 0, in units of the loss gradient.
-        initial_square: v_{−1} ≥ 0. Published: 1 with bias correction; the torch package
-            devinterp 2.0.1: 0 without.
-        bias_correction: whether v̂_t = v_t / (1 − a^{t+1}), or v_t itself.
-        noise: as in `sgld`.
-
-    Returns:
-        A sampler.
-
-    References:
-        Li et al. 2016; Hitchcock & Hoogland 2025, arXiv 2507.21449; arXiv 2609.00699.
-    """
-    check_number("step_size", step_size, minimum=0.0, exclusive=True)
-    check_number("decay", decay, minimum=0.0)
-    check_number("stability", stability, minimum=0.0, exclusive=True)
-    check_number("initial_square", initial_square, minimum=0.0)
-    if decay >= 1:
-        raise ValueError(f"decay must be below 1, got {decay:g}")
-    draw = _noise_of(noise, noise_flat, noise_by_leaf)
-    return Sampler(
-        Partial(
-            _rmsprop,
-            _Rmsprop(draw, bias_correction),
-            step_size=step_size,
-            decay=decay,
-            stability=stability,
-            initial_square=initial_square,
-        ),
-        gradients_per_step=1,
-        relaxation_steps=_preconditioned,
-        step_scale=_preconditioned_scale,
-        name="rmsprop_sgld",
-    )
-
-
-def _preconditioned(posterior: Posterior, settings: dict[str, Any]) -> float:
-    """2 / (ε_t γ) with ε_t = ε / (√v̂ + e), √v̂ the measured size of gradients, or e without one."""
-    stability = float(settings["stability"])
-    root = float(settings.get("gradient", stability))
-    step = float(settings["step_size"]) / (root + stability)
-    return 2 / (step * float(posterior.localization))
-
-
-def _preconditioned_scale(state: Any, settings: dict[str, Any]) -> Any:
-    """√ε_t, elementwise, from the running mean without its correction."""
-    step, stability = settings["step_size"], settings["stability"]
-    return jax.tree.map(lambda v: jnp.sqrt(step / (_root(v) + stability)), state.square_average)
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Rmsprop:
-    """What of RMSprop-SGLD is no number."""
-
-    noise: Callable[[Key[Array, ""], Position], Position]
-    bias_correction: bool
-
-
-def _rmsprop(
-    kind: _Rmsprop,
-    posterior: Target,
-    *,
-    step_size: Any,
-    decay: Any,
-    stability: Any,
-    initial_square: Any,
-) -> SamplingAlgorithm:
-    centre = posterior.centre
-
-    def init(position: Position, rng_key: Key[Array, ""] | None = None) -> RmspropState:
-        square = jax.tree.map(lambda w: jnp.full_like(w, initial_square), position)
-        return RmspropState(position, square, jnp.zeros((), jnp.int32))
-
-    def step(key: Key[Array, ""], state: RmspropState, minibatch: Any) -> RmspropState:
-        position, square, num_steps = state
-        gradient = posterior.loss_gradient(position, minibatch)
-
-        def average(v: Array, g: Array) -> Array:
-            kept = jnp.asarray(decay, v.dtype)
-            return kept * v + (1 - kept) * g**2
-
-        square = jax.tree.map(average, square, gradient)
-
-        # In the precision of the position, whatever that of the losses and the settings.
-        def move(w: Array, g: Array, v: Array, w0: Array, xi: Array) -> Array:
-            nbeta, gamma, size, small, kept = (
-                jnp.asarray(x, w.dtype)
-                for x in (posterior.nbeta, posterior.localization, step_size, stability, decay)
-            )
-            if kind.bias_correction:
-                v = v / (1 - kept ** (num_steps.astype(w.dtype) + 1))
-            step = size / (_root(v) + small)
-            drift = nbeta * g + gamma * (w - w0)
-            return w - step / 2 * drift + jnp.sqrt(step) * xi
-
-        noise = kind.noise(key, position)
-        position = jax.tree.map(move, position, gradient, square, centre, noise)
-        return RmspropState(position, square, num_steps + 1)
-
-    return SamplingAlgorithm(init, step)
-
-
-def _root(v: Array) -> Array:
-    """√v, with derivative 0 at 0: a weight that never had a gradient has none of its step."""
-    positive = v > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1.0)), 0.0)
-
-
 def sgnht(
     *,
     step_size: float | Float[Array, ""],
@@ -395,7 +263,7 @@ def sgnht(
     check_number("step_size", step_size, minimum=0.0, exclusive=True)
     check_number("friction", friction, minimum=0.0, exclusive=True)
     return Sampler(
-        Partial(_noise_of(noise, _sgnht, _sgnht_by_leaf), step_size=step_size, friction=friction),
+        Partial(noise_of(noise, _sgnht, _sgnht_by_leaf), step_size=step_size, friction=friction),
         gradients_per_step=1,
         relaxation_steps=_underdamped,
         step_scale=_momentum_scale,

@@ -83,7 +83,7 @@ def by_component(
         diagnostics=estimates.diagnostics,
         rows=problem.rows,
         cost=cost,
-        estimator=name,
+        estimator="; ".join(filter(None, (name, run.sampler.caveat))),
         num_samples=sum(map(_num_counted, problem.mass.values())),
         loss_shapes=tuple((name, x.shape) for name, x in problem.probe_baseline.items())
         if grouped
