@@ -219,3 +219,24 @@ def test_secants_are_widened_where_the_derivative_grew():
     again = absolute(jp.pathwise(width=width, growth_limit=limit))
     np.testing.assert_array_equal(wide.chi["all"], again.chi["all"])
     assert wide.cost > again.cost
+
+
+def test_a_loss_without_forward_mode():
+    """Pathwise, in both modes, needs gradients alone; laplace says what it lacks. χ is exact."""
+    data = {"c": jnp.asarray([1.0, 0.5, -0.5, -1.0])}
+    posterior = jp.localized_posterior(
+        lambda p, b: fused(p["w"][0] - b["c"]) / 2, {"w": jnp.zeros(1)}, data,
+        nbeta=10.0, localization=10.0,
+    )  # fmt: skip
+    plan = jp.Plan(num_chains=2, num_burnin=100, num_draws=8, thin=30)
+    measure = lambda **settings: jp.susceptibilities(  # noqa: E731
+        KEY, posterior, jp.sgld(step_size=2e-2), plan, observables={"w": lambda p: p["w"][0]},
+        progress=False, **settings,
+    )  # fmt: skip
+    exact = np.asarray(data["c"]) / 20
+    backwards = measure(probes={"data": data})
+    np.testing.assert_allclose(backwards.chi["data"][0], exact, atol=2e-4)
+    forwards = measure(probes={"up": {"c": data["c"][:2]}}, estimator=jp.pathwise(mode="tangent"))
+    np.testing.assert_allclose(forwards.chi["up"], exact[:2].mean(), atol=2e-4)
+    with pytest.raises(TypeError, match=r"laplace needs second derivatives .* pathwise"):
+        measure(probes={"data": data}, estimator=jp.laplace())

@@ -49,6 +49,7 @@ class Laplace:
     def __call__(self, run: Run, problem: Problem, host: Host) -> Response:
         """The response matrix."""
         del host
+        _check_forward_mode(run.posterior)
 
         def measure(group: ComponentGroup) -> Part:
             estimates = _components(self, run, problem.core, group)
@@ -77,13 +78,33 @@ def laplace(*, num_signs: int = 32, tolerance: float = 1e-4, max_iterations: int
         max_iterations: Hessian-vector products a solve may take.
 
     Raises:
-        ValueError, TypeError: an argument does not fit.
+        ValueError, TypeError: an argument does not fit, or the loss has no second derivatives by
+            forward mode, as with a `custom_vjp` inside.
     """
     check_count("num_signs", num_signs, minimum=2)
     check_count("max_iterations", max_iterations, minimum=1)
     check_number("tolerance", tolerance, minimum=0.0, exclusive=True)
 
     return Laplace(num_signs, tolerance, max_iterations)
+
+
+def _check_forward_mode(posterior: Posterior) -> None:
+    center = posterior.centre
+    batch = jax.tree.map(lambda x: x[:1], posterior.data)
+
+    def losses(position: Position) -> Array:
+        return posterior.losses(position, batch)
+
+    def slope(position: Position) -> Array:
+        return jax.jvp(losses, (position,), (center,))[1]
+
+    try:
+        jax.eval_shape(lambda: jax.jvp(slope, (center,), (center,)))
+    except (TypeError, NotImplementedError) as error:
+        raise TypeError(
+            "laplace needs second derivatives of the losses by forward mode, and loss_fn does not "
+            f"allow it ({str(error).splitlines()[0]}); pathwise() needs gradients alone"
+        ) from error
 
 
 @partial(jax.jit, static_argnums=0)
