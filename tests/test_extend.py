@@ -182,7 +182,7 @@ def test_a_sampler(module):
         atol=1e-6,
     )  # fmt: skip
     got, wanted = chi(mine), chi(theirs)  # γ = 10: two steps
-    assert got.estimator == wanted.estimator == "pathwise (adjoint, window 12, secants)"
+    assert got.estimator == wanted.estimator == "pathwise (adjoint, window 12, one-sided secants)"
     chex.assert_trees_all_close(got.chi, wanted.chi, atol=1e-6)
     slow = scaled_sgld(step_size=0.1, scale=jax.tree.map(lambda x: x / 10, ones))
     chex.assert_trees_all_close(

@@ -81,7 +81,7 @@ def check_alive(
     reason = (
         f"the loss is not finite at w* for samples {[int(i) for i in bad[:5]]} of data"
         if len(bad)
-        else remedy
+        else "take a smaller step_size, a larger localization or a smaller nbeta"
     )
     raise DivergenceError(f"all chains turned non-finite ({where}): {reason}")
 

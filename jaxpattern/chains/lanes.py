@@ -83,24 +83,31 @@ def unpack(lanes: PyTree[Any], num_components: int, num_chains: int) -> PyTree[A
     )
 
 
-def over_chains(
-    function: Callable[..., Any],
-    key: Key[Array, ""],
-    posterior: Posterior,
-    shared: Any,
-    lanes: Lane,
-    at_once: int | None,
-    mesh: Mesh | None,
-) -> Callable[..., Any]:
-    """`function(posterior of the lane, shared, key, *args)` over all lanes."""
+class Chorus(NamedTuple):
+    """All chains of a run as programs take them: what they share, and what each has of its own.
 
-    def one(shared: Any, lane: Lane, *args: Any) -> Any:
-        key, component, rest = shared
+    `shared` are sampler, recorder and look.
+    """
+
+    key: Key[Array, ""]
+    posterior: Posterior
+    shared: Any
+    lanes: Lane
+
+
+def over_chains(
+    function: Callable[..., Any], chorus: Chorus, extra: Any, at_once: int | None, mesh: Mesh | None
+) -> Callable[..., Any]:
+    """`function(posterior of the lane, shared, key, extra, *args)` over all lanes."""
+
+    def one(given: Any, lane: Lane, *args: Any) -> Any:
+        key, component, shared, extra = given
         if lane.mirror is not None:
             component = replace(component, mirror=lane.mirror)
         if lane.restriction is not None:
             component = replace(component, restriction=lane.restriction)
-        return function(component, rest, lane.key(key), *args)
+        return function(component, shared, lane.key(key), extra, *args)
 
     mapped = over_lanes(one, mesh, at_once)
-    return lambda *args: mapped((key, posterior, shared), lanes, *args)
+    key, posterior, shared, lanes = chorus
+    return lambda *args: mapped((key, posterior, shared, extra), lanes, *args)

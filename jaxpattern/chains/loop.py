@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, PyTree
 
-from jaxpattern.chains.lanes import ComponentGroup, Lane, make_lanes, over_chains
+from jaxpattern.chains.lanes import Chorus, ComponentGroup, make_lanes, over_chains
 from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.programs import (
     SLOTS,
@@ -123,29 +123,25 @@ def run_chains(
     """
     group = group or ComponentGroup()
     plan, mesh = run.plan, host.mesh
-    key, posterior, shared = put(
-        (run.key, _settle(run.posterior), (run.sampler, recorder, look)), mesh
-    )
-    lanes = put(make_lanes(group, plan, antithetic, mesh), mesh, "chain")
+    shared = put((run.key, _settle(run.posterior), (run.sampler, recorder, look)), mesh)
+    chorus = Chorus(*shared, put(make_lanes(group, plan, antithetic, mesh), mesh, "chain"))
     positions = _Positions(plan, tuple(segments), *((0, 0) if initial is None else initial[2:]))
     given = () if initial is None else put(pad_lanes(tuple(initial[:2]), mesh), mesh, "chain")
-    shape = Shape(plan.batch_size, plan.chains_at_once, None if look is None else look.slots)
-    count = len(group.ids) * plan.num_chains
-    if not is_traced(key, lanes, posterior, shared, given):
+    slots = None if look is None else look.slots
+    shape = Shape(mesh, plan.batch_size, plan.chains_at_once, slots)
+    if not is_traced(chorus, given):
         chains = host.loop(
             label,
             positions.total,
-            lambda: _empty(
-                start(key, posterior, shared, lanes, given, shape, mesh), positions, mesh
-            ),
-            partial(_carry_out, key, posterior, shared, lanes, positions, shape, mesh),
+            lambda: _empty(start(chorus, given, shape), positions, mesh),
+            partial(_carry_out, chorus, positions, shape),
             final=final,
-            lanes=count,
+            lanes=len(group.ids) * plan.num_chains,
             cuts=positions.cuts,
             steps=positions.steps,
         )
     else:
-        chains = _at_once(key, posterior, shared, lanes, given, positions, shape, mesh)
+        chains = _at_once(chorus, given, positions, shape)
     done = fetch(gather(chains, len(group.ids), plan.num_chains, plan.num_draws), mesh)
     return Recorded(
         alive=done.now.alive,
@@ -233,25 +229,16 @@ class _Positions(NamedTuple):
 
 
 def _carry_out(
-    key: Key[Array, ""],
-    posterior: Posterior,
-    shared: Any,
-    lanes: Lane,
-    positions: _Positions,
-    shape: Shape,
-    mesh: Mesh | None,
-    chains: Chains,
-    begin: int,
-    end: int,
+    chorus: Chorus, positions: _Positions, shape: Shape, chains: Chains, begin: int, end: int
 ) -> Chains:
     """Positions [begin, end) of all lanes."""
     kept = jax.tree.leaves(chains.now.kept)
     for chunk, segment in positions.chunks(begin, end, kept[0].shape[1] if kept else SLOTS):
-        chunk, segment = put((chunk, segment), mesh)
-        now = advance(key, posterior, shared, lanes, chains.now, chunk, shape, mesh)
+        chunk, segment = put((chunk, segment), shape.mesh)
+        now = advance(chorus, chains.now, chunk, shape)
         seen: PyTree[Array] = ()
         if segment is not None:
-            now, seen = look_back(key, posterior, shared, lanes, now, segment, shape, mesh)
+            now, seen = look_back(chorus, now, segment, shape)
         chains = chains._replace(now=now)
         if segment is not None or begin >= positions.plan.num_burnin:
             chains = file(chains, seen, chunk, None if segment is None else segment[0])
@@ -283,26 +270,20 @@ def _empty(
     )
 
 
-def _at_once(
-    key: Key[Array, ""],
-    posterior: Posterior,
-    shared: Any,
-    lanes: Lane,
-    given: Any,
-    positions: _Positions,
-    shape: Shape,
-    mesh: Mesh | None,
-) -> Chains:
+def _at_once(chorus: Chorus, given: Any, positions: _Positions, shape: Shape) -> Chains:
     """A whole run within a transformation. Without a look back all loops have a static length,
     so that reverse mode can run through them.
     """
     plan, looks = positions.plan, bool(positions.segments)
     slots = shape.slots if looks else 1
-    started = start(key, posterior, shared, lanes, given, shape._replace(slots=slots), mesh)
+    started = start(chorus, given, shape._replace(slots=slots))
     burnin = positions._chunk(0, 0, 1, 0, 0)
     burnin = burnin._replace(steps=plan.num_burnin, pieces=1, record=0)
 
-    def one(p: Posterior, shared: Any, key: Key[Array, ""], now: Chain, rest: Any) -> Chains:
+    def one(
+        p: Posterior, shared: Any, key: Key[Array, ""], extra: Any, now: Chain, rest: Any
+    ) -> Chains:
+        del extra
         onward = partial(advance_one, p, shared, key, batch_size=plan.batch_size)
         chains = Chains(onward(now, chunk=burnin), *rest)
 
@@ -325,6 +306,5 @@ def _at_once(
         return jax.lax.scan(draw, chains, xs)[0]
 
     empty = _empty(started, positions, None)
-    return over_chains(one, key, posterior, shared, lanes, plan.chains_at_once, mesh)(
-        empty.now, tuple(empty[1:])
-    )
+    over = over_chains(one, chorus, (), shape.at_once, shape.mesh)
+    return over(empty.now, tuple(empty[1:]))

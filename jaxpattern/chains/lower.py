@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpattern.chains.lanes import ComponentGroup, make_lanes
+from jaxpattern.chains.lanes import Chorus, ComponentGroup, make_lanes
 from jaxpattern.chains.loop import Segment
 from jaxpattern.chains.programs import Chunk, Shape, advance, look_back, start
 from jaxpattern.chains.record import Look, Recorder
@@ -50,8 +50,10 @@ def lower_chains(
     plan = run.plan
     key, posterior, shared = describe((run.key, run.posterior, (run.sampler, recorder, look)), mesh)
     lanes = describe(make_lanes(group or ComponentGroup(), plan, antithetic, mesh), mesh, "chain")
-    shape = Shape(plan.batch_size, plan.chains_at_once, None if look is None else look.slots)
-    first = start.lower(key, posterior, shared, lanes, (), shape, mesh)
+    chorus = Chorus(key, posterior, shared, lanes)
+    slots = None if look is None else look.slots
+    shape = Shape(mesh, plan.batch_size, plan.chains_at_once, slots)
+    first = start.lower(chorus, (), shape)
     # XLA decides where the state of a chain lies, by where its parameters do.
     chains, _ = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -62,8 +64,8 @@ def lower_chains(
     back = None
     if look is not None:
         segment = describe((number, segments[0].about), mesh)
-        back = look_back.lower(key, posterior, shared, lanes, chains, segment, shape, mesh)
-    return Lowered(advance.lower(key, posterior, shared, lanes, chains, chunk, shape, mesh), back)
+        back = look_back.lower(chorus, chains, segment, shape)
+    return Lowered(advance.lower(chorus, chains, chunk, shape), back)
 
 
 def describe(tree: Any, mesh: Mesh | None, *spec: str | None) -> Any:

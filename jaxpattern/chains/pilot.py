@@ -101,6 +101,7 @@ def _fly(
     posterior: Posterior,
     sampler: Any,
     restrictions: Restriction | None,
+    *,
     batch_size: int | None,
     number: int,
     flat: bool,

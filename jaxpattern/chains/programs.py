@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Key, PyTree
 
 from jaxpattern.chains.divergence import all_finite
 from jaxpattern.chains.kernel import Streams, build_kernel, position_of, streams_of
-from jaxpattern.chains.lanes import Lane, over_chains, unpack
+from jaxpattern.chains.lanes import Chorus, over_chains, unpack
 from jaxpattern.chains.record import where_alive
 from jaxpattern.posterior import Posterior
 from jaxpattern.samplers import Sampler
@@ -47,6 +47,7 @@ class Past(NamedTuple):
 class Shape(NamedTuple):
     """What makes a program another one."""
 
+    mesh: Mesh | None
     batch_size: int | None
     at_once: int | None
     slots: int | None  # draws that a chain holds until they are filed; None: by their size
@@ -216,64 +217,39 @@ def file_one(chains: Chains, seen: PyTree[Array], chunk: Chunk, segment: Any) ->
     )
 
 
-@partial(jax.jit, static_argnames=("shape", "mesh"))
-def start(
-    key: Key[Array, ""],
-    posterior: Posterior,
-    shared: Any,
-    lanes: Lane,
-    given: Any,
-    shape: Shape,
-    mesh: Mesh | None,
-) -> tuple[Chain, PyTree[Array]]:
+@partial(jax.jit, static_argnames="shape")
+def start(chorus: Chorus, given: Any, shape: Shape) -> tuple[Chain, PyTree[Array]]:
     """All chains, and the values of a segment, still empty."""
 
-    def begin(p: Posterior, shared: Any, key: Key[Array, ""], *given: Any) -> Any:
+    def begin(p: Posterior, shared: Any, key: Key[Array, ""], extra: Any, *given: Any) -> Any:
+        del extra
         look = shared[2]
         seen = () if look is None else look.shapes(p)[1]
         return _begin(p, shared, key, *given, slots=shape.slots), seen
 
-    return over_chains(begin, key, posterior, shared, lanes, shape.at_once, mesh)(*given)
+    return over_chains(begin, chorus, (), shape.at_once, shape.mesh)(*given)
 
 
-@partial(jax.jit, static_argnames=("shape", "mesh"), donate_argnames="chains")
-def advance(
-    key: Key[Array, ""],
-    posterior: Posterior,
-    shared: Any,
-    lanes: Lane,
-    chains: Chain,
-    chunk: Chunk,
-    shape: Shape,
-    mesh: Mesh | None,
-) -> Chain:
+@partial(jax.jit, static_argnames="shape", donate_argnames="chains")
+def advance(chorus: Chorus, chains: Chain, chunk: Chunk, shape: Shape) -> Chain:
     """All chains through a chunk, whose lengths are arguments of the program."""
 
-    def one(p: Posterior, rest: Any, key: Key[Array, ""], chain: Chain) -> Chain:
-        shared, chunk = rest
+    def one(p: Posterior, shared: Any, key: Key[Array, ""], chunk: Chunk, chain: Chain) -> Chain:
         return advance_one(p, shared, key, chain, chunk=chunk, batch_size=shape.batch_size)
 
-    return over_chains(one, key, posterior, (shared, chunk), lanes, shape.at_once, mesh)(chains)
+    return over_chains(one, chorus, chunk, shape.at_once, shape.mesh)(chains)
 
 
-@partial(jax.jit, static_argnames=("shape", "mesh"), donate_argnames="chains")
+@partial(jax.jit, static_argnames="shape", donate_argnames="chains")
 def look_back(
-    key: Key[Array, ""],
-    posterior: Posterior,
-    shared: Any,
-    lanes: Lane,
-    chains: Chain,
-    segment: Any,
-    shape: Shape,
-    mesh: Mesh | None,
+    chorus: Chorus, chains: Chain, segment: Any, shape: Shape
 ) -> tuple[Chain, PyTree[Array]]:
     """The look back of all chains at the end of a segment, and what it keeps of the segment."""
 
-    def one(p: Posterior, rest: Any, key: Key[Array, ""], chain: Chain) -> Any:
-        shared, segment = rest
+    def one(p: Posterior, shared: Any, key: Key[Array, ""], segment: Any, chain: Chain) -> Any:
         return look_one(p, shared, key, chain, segment=segment, batch_size=shape.batch_size)
 
-    return over_chains(one, key, posterior, (shared, segment), lanes, shape.at_once, mesh)(chains)
+    return over_chains(one, chorus, segment, shape.at_once, shape.mesh)(chains)
 
 
 @partial(jax.jit, donate_argnames="chains")

@@ -29,7 +29,7 @@ class GrowthWarning(UserWarning):
 def grew(response: Response) -> bool:
     """Whether any row's did; False inside a transformation."""
     truncated = response.diagnostics.get("truncated")
-    return truncated is not None and is_concrete(truncated) and bool(np.any(truncated))
+    return truncated is not None and is_concrete(truncated) and bool(np.asarray(truncated).any())
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,7 @@ def build_problem(
     reference: Batch | None,
     components: Mapping[str, Restriction] | None,
     chunk: int | None,
+    *,
     probe_weights: Mapping[str, Any] | None = None,
 ) -> Problem:
     """Check rows and columns, and compute the losses at w* once.

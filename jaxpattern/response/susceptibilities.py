@@ -151,5 +151,11 @@ def make_problem(
     if probe_weights is not None:
         probe_weights = named("probe_weights", probe_weights)
     return build_problem(
-        run.posterior, observables, probes, reference, components, run.plan.chunk, probe_weights
+        run.posterior,
+        observables,
+        probes,
+        reference,
+        components,
+        run.plan.chunk,
+        probe_weights=probe_weights,
     )
