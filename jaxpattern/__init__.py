@@ -70,7 +70,7 @@ from jaxpattern.runtime.host import Host
 from jaxpattern.runtime.mesh import is_first_process, mesh, shard_params
 from jaxpattern.runtime.processes import ProcessError, from_processes, start
 from jaxpattern.samplers import Sampler, make_sampler, mala, rmsprop_sgld, sgld, sgnht
-from jaxpattern.sampling import sample
+from jaxpattern.sampling import Draws, sample
 from jaxpattern.several import LLC, Chi, Measured, measure
 from jaxpattern.sweep import Sweep, sweep
 from jaxpattern.training import History, train
@@ -85,6 +85,7 @@ __all__ = [
     "CoordinateRegression",
     "DivergenceError",
     "DivergenceWarning",
+    "Draws",
     "Estimator",
     "GrowthWarning",
     "History",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
 from jaxpattern.verdict import coarse, say, stiff, trend, unsettled, warn
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class LocalLearningCoefficient(NamedTuple):
@@ -68,6 +71,12 @@ class LocalLearningCoefficient(NamedTuple):
         return say(
             "LLC", [("", [*found, *stiff(float(self.stiffness)), *coarse(float(self.spacing))])]
         )
+
+    def to_arviz(self) -> xarray.DataTree:
+        """The trace as ArviZ takes it; see `export.to_arviz`."""
+        from jaxpattern import export
+
+        return export.to_arviz({"llc": self.trace})
 
     def __str__(self) -> str:
         return tables.text(tables.llc, self)

@@ -29,7 +29,7 @@ from jaxpattern.validation import is_concrete
 
 _FORMAT = 1
 _HEADER = "header"
-_UNITS: dict[type, dict[str, str]] = {
+UNITS: dict[type, dict[str, str]] = {
     Response: {
         "chi": "observable × loss (nats), no factor nβ",
         "stderr": "observable × loss (nats)",
@@ -86,8 +86,8 @@ def save(
         OSError: the file cannot be written; one that was there is as it was.
     """
     kind = type(result)
-    if kind not in _UNITS:
-        wanted = ", ".join(sorted(k.__name__ for k in _UNITS))
+    if kind not in UNITS:
+        wanted = ", ".join(sorted(k.__name__ for k in UNITS))
         raise TypeError(f"result must be one of {wanted}, got {kind.__name__}")
     if not all(map(is_concrete, jax.tree.leaves(result))):
         raise TypeError("result cannot be saved under jit, vmap or grad, where it has no numbers")
@@ -97,12 +97,9 @@ def save(
         "format": _FORMAT,
         "kind": kind.__name__,
         "content": content,
-        "units": _UNITS[kind],
+        "units": UNITS[kind],
         "provenance": {
-            "jaxpattern": __version__,
-            "jax": jax.__version__,
-            "backend": jax.default_backend(),
-            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            **origin(),
             **(provenance or {}),
         },
     }
@@ -124,6 +121,16 @@ def save(
         part.unlink(missing_ok=True)
 
 
+def origin() -> dict[str, str]:
+    """Where and when numbers are written down: versions, backend, time."""
+    return {
+        "jaxpattern": __version__,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def load(path: str | os.PathLike[str]) -> Response | Intervention | LocalLearningCoefficient:
     """The result in a file that `save` wrote.
 
@@ -132,7 +139,7 @@ def load(path: str | os.PathLike[str]) -> Response | Intervention | LocalLearnin
         OSError: it cannot be read.
     """
     header, arrays = _read(path)
-    kind = {k.__name__: k for k in _UNITS}[header["kind"]]
+    kind = {k.__name__: k for k in UNITS}[header["kind"]]
     values = {name: _decode(value, arrays) for name, value in header["content"].items()}
     missing = set(_names(kind)) - set(values)
     if set(values) - set(_names(kind)) or missing - _with_default(kind):
@@ -181,7 +188,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nd
             f"{header.get('provenance', {}).get('jaxpattern', 'unknown')}; "
             f"this version reads {_FORMAT}"
         )
-    if kind not in {k.__name__ for k in _UNITS}:
+    if kind not in {k.__name__ for k in UNITS}:
         raise ResultFileError(f"{path} holds a {kind!r}, which this version does not know")
     if sealed.get("checksum") != _checksum(sealed["header"], arrays):
         raise ResultFileError(f"{path} is damaged: its checksum is wrong")

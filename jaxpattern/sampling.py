@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,34 @@ from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
 from jaxpattern.types import Params
 from jaxpattern.validation import as_pytree_function, check_function
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class Draws(dict[str, Any]):
+    """A dictionary of traces `[chain, draw, ...]`, as `observe` named them."""
+
+    def to_arviz(self) -> xarray.DataTree:
+        """The traces as ArviZ takes them; see `export.to_arviz`."""
+        from jaxpattern import export
+
+        return export.to_arviz(self)
+
+
+def _flatten(draws: Draws) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    names = tuple(sorted(draws))
+    return [(jax.tree_util.DictKey(name), draws[name]) for name in names], names
+
+
+jax.tree_util.register_pytree_with_keys(
+    Draws, _flatten, lambda names, leaves: Draws(zip(names, leaves, strict=True))
+)
+
+
+def as_draws(kept: PyTree[Array]) -> PyTree[Array]:
+    """A dictionary of traces as `Draws`; anything else as it is."""
+    return Draws(kept) if type(kept) is dict else kept
 
 
 @jax.tree_util.register_dataclass
@@ -98,8 +126,9 @@ def sample(
         mesh: where it runs, see `jaxpattern.mesh`; None: the current mesh, or one device.
 
     Returns:
-        The pytree of `observe`, its leaves with leading axes `[chain, draw]`. Draws of a chain
-        that diverged are NaN from there on, and a `DivergenceWarning` names it.
+        The pytree of `observe`, its leaves with leading axes `[chain, draw]`; a dictionary also
+        has `.to_arviz()`. Draws of a chain that diverged are NaN from there on, and a
+        `DivergenceWarning` names it.
 
     Raises:
         DivergenceError: all chains diverged.
@@ -120,4 +149,4 @@ def sample(
     ) as host:
         chains = run_chains(run, recorder, host)
     check_alive(chains.alive, ("",), posterior)
-    return jax.tree.map(lambda leaf: leaf[0], chains.kept)
+    return as_draws(jax.tree.map(lambda leaf: leaf[0], chains.kept))

@@ -28,7 +28,7 @@ from jaxpattern.response.susceptibilities import choose_estimator, make_problem
 from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import Host, host_for
-from jaxpattern.sampling import observed
+from jaxpattern.sampling import as_draws, observed
 from jaxpattern.types import Batch
 
 
@@ -210,7 +210,7 @@ def _result(part: Any, run: Run, own: Recorded, problem: Problem | None, estimat
     if isinstance(part, PairedExcessLoss):
         return coefficient(run, own, fly(run, ComponentGroup()))
     if problem is None:
-        return _first(own.kept)
+        return as_draws(_first(own.kept))
 
     def measured(group: Any) -> Any:
         return estimator.part(run, problem, group, own, None, fly(run, group))

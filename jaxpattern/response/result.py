@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxpattern import tables, verdict
 from jaxpattern.response.columns import Columns
 from jaxpattern.validation import check_names, check_number, is_concrete
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @jax.tree_util.register_dataclass
@@ -112,6 +115,12 @@ class Response:
     def verdict(self) -> str:
         """Whether the rows can be trusted, in words."""
         return verdict.say("χ", list(zip(self.rows, doubts(self), strict=True)))
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A Dataset over row, probe, sample and token; see `export.to_xarray`."""
+        from jaxpattern import export
+
+        return export.to_xarray(self)
 
     def __str__(self) -> str:
         return tables.text(_page, self)
