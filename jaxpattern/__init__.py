@@ -47,6 +47,8 @@ from jaxpattern.response.directions import PrincipalDirections, principal_direct
 from jaxpattern.response.estimator import Estimator
 from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
 from jaxpattern.response.fallback import GrowthWarning
+from jaxpattern.response.influence import BIF, influence
+from jaxpattern.response.influence_result import Influence
 from jaxpattern.response.laplace import laplace
 from jaxpattern.response.pathwise import pathwise
 from jaxpattern.response.problem import Problem
@@ -77,6 +79,7 @@ from jaxpattern.training import History, train
 from jaxpattern.verdict import UnreliableError, UnreliableWarning
 
 __all__ = [
+    "BIF",
     "LLC",
     "Checkpoint",
     "CheckpointError",
@@ -90,6 +93,7 @@ __all__ = [
     "GrowthWarning",
     "History",
     "Host",
+    "Influence",
     "Interrupted",
     "Intervention",
     "InversionMethod",
@@ -137,6 +141,7 @@ __all__ = [
     "group_mean",
     "in_context_score",
     "induction_loss",
+    "influence",
     "is_first_process",
     "laplace",
     "least_norm",

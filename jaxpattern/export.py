@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxpattern.chains.divergence import lost_chains
 from jaxpattern.inversion.intervention import Intervention
+from jaxpattern.response.influence_result import Influence
 from jaxpattern.response.result import Response
 from jaxpattern.results import UNITS, origin
 from jaxpattern.validation import is_concrete
@@ -57,15 +58,17 @@ def to_xarray(response: Response) -> xarray.Dataset:
     xarray = _need("xarray", "to_xarray")
     _check_one("response", response, response.nbeta)
     columns = response.columns
-    axes, full = loss_axes(columns.shapes)
+    rows, (axes, full) = (len(response.rows),), loss_axes(columns.shapes)
 
-    def filled(parts: Mapping[str, Array], lead: int, fill: float) -> np.ndarray:
-        return np.stack([fill_up(parts[name], lead, full, fill) for name in columns.names], lead)
+    def filled(parts: Mapping[str, Array], lead: tuple[int, ...], fill: float) -> np.ndarray:
+        named = zip(columns.names, columns.shapes, strict=True)
+        each = [fill_up(parts[n], (*lead, *_deep(s, full)), (*lead, *full), fill) for n, s in named]
+        return np.stack(each, len(lead))
 
     found: dict[str, tuple[Sequence[str], np.ndarray]] = {
-        "chi": (("row", "probe", *axes), filled(response.chi, 1, np.nan)),
-        "stderr": (("row", "probe", *axes), filled(response.stderr, 1, np.nan)),
-        "mass": (("probe", *axes), filled(response.mass, 0, 0.0)),
+        "chi": (("row", "probe", *axes), filled(response.chi, rows, np.nan)),
+        "stderr": (("row", "probe", *axes), filled(response.stderr, rows, np.nan)),
+        "mass": (("probe", *axes), filled(response.mass, (), 0.0)),
         "nbeta": ((), numbers(response.nbeta)),
         "diverged": (("row", "chain"), np.asarray(response.diverged)),
     }
@@ -94,19 +97,82 @@ def to_xarray(response: Response) -> xarray.Dataset:
     )
 
 
+def influence_to_xarray(influence: Influence) -> xarray.Dataset:
+    """Influences as a Dataset over `query`, `query_sample`, `query_token`, `probe`, `sample`, …
+
+    As `to_xarray`: shorter sets are filled up with NaN, their masses with 0. The health of the
+    chains is over `set`.
+
+    Raises:
+        ImportError: xarray is not installed.
+        TypeError, ValueError: it is being traced, or is a stack of several.
+    """
+    xarray = _need("xarray", "to_xarray")
+    _check_one("influence", influence, influence.nbeta)
+    masses = influence.query_mass, influence.probe_mass
+    (rows, row_sizes), (axes, sizes) = (
+        loss_axes([x.shape for x in mass.values()]) for mass in masses
+    )
+    rows = tuple(f"query_{axis}" for axis in rows)
+
+    def filled(parts: Mapping[str, Mapping[str, Array]]) -> np.ndarray:
+        def one(query: str, probe: str) -> np.ndarray:
+            shape = _deep(masses[0][query].shape, row_sizes) + _deep(masses[1][probe].shape, sizes)
+            return fill_up(parts[query][probe], shape, (*row_sizes, *sizes), np.nan)
+
+        return np.stack([np.stack([one(q, p) for p in masses[1]], len(rows)) for q in masses[0]])
+
+    dims = ("query", *rows, "probe", *axes)
+    found: dict[str, tuple[Sequence[str], np.ndarray]] = {
+        "influence": (dims, filled(influence.influence)),
+        "stderr": (dims, filled(influence.stderr)),
+        "query_mass": (dims[: 1 + len(rows)], _stacked(masses[0], row_sizes)),
+        "probe_mass": (dims[1 + len(rows) :], _stacked(masses[1], sizes)),
+        "nbeta": ((), numbers(influence.nbeta)),
+        "diverged": (("set", "chain"), np.asarray(influence.diverged)),
+    }
+    for name in ("mean", "mean_stderr", "rhat", "ess"):
+        found[name] = (("set",), numbers(getattr(influence, name)))
+    units = UNITS[Influence] | {"influence": "none" if influence.correlation else "loss² (nats²)"}
+    lengths = zip((*rows, *axes), (*row_sizes, *sizes), strict=True)
+    coords: dict[str, Any] = {
+        "query": list(masses[0]), "probe": list(masses[1]), "set": list(influence.rows),
+        **{axis: np.arange(size) for axis, size in lengths},
+    }  # fmt: skip
+    return xarray.Dataset(
+        {n: (d, x, {"units": units[n]} if n in units else {}) for n, (d, x) in found.items()},
+        coords,
+        {
+            "form": influence.form,
+            "cost": float(influence.cost),
+            "cost_units": units["cost"],
+            "verdict": influence.verdict,
+            **origin(),
+        },
+    )
+
+
+def _stacked(parts: Mapping[str, Array], full: tuple[int, ...]) -> np.ndarray:
+    return np.stack([fill_up(x, _deep(x.shape, full), full, 0.0) for x in parts.values()])
+
+
 def loss_axes(shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The names of the axes that hold losses of all these shapes, and their lengths."""
     depth = max(map(len, shapes))
-    full = [(*shape, *(1,) * (depth - len(shape))) for shape in shapes]
+    full = [_deep(shape, (1,) * depth) for shape in shapes]
     return _LOSS_AXES[:depth], tuple(map(max, zip(*full, strict=True)))
 
 
-def fill_up(values: Any, lead: int, full: tuple[int, ...], fill: float) -> np.ndarray:
-    """`[*lead axes, *losses]` to `[*lead axes, *full]`."""
-    x = numbers(values)
-    x = x.reshape((*x.shape, *(1,) * (lead + len(full) - x.ndim)))
-    missing = [(0, 0)] * lead + [(0, n - m) for n, m in zip(full, x.shape[lead:], strict=True)]
+def fill_up(values: Any, shape: tuple[int, ...], full: tuple[int, ...], fill: float) -> np.ndarray:
+    """Numbers seen as of one shape, filled up to another."""
+    x = numbers(values).reshape(shape)
+    missing = [(0, n - m) for n, m in zip(full, shape, strict=True)]
     return np.pad(x, missing, constant_values=fill) if missing else x
+
+
+def _deep(shape: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with as many axes as the full one."""
+    return (*shape, *(1,) * (len(full) - len(shape)))
 
 
 def to_arviz(trace: PyTree[Array | np.ndarray]) -> xarray.DataTree:

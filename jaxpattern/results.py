@@ -23,6 +23,7 @@ from jaxpattern._version import __version__
 from jaxpattern.inversion.intervention import Intervention
 from jaxpattern.llc import LocalLearningCoefficient
 from jaxpattern.response.columns import Columns
+from jaxpattern.response.influence_result import Influence
 from jaxpattern.response.result import Response
 from jaxpattern.runtime.fingerprint import digest
 from jaxpattern.validation import is_concrete
@@ -54,6 +55,18 @@ UNITS: dict[type, dict[str, str]] = {
         "negative_share": "share of the data",
         "mass": "share of the data, sum 1",
     },
+    Influence: {
+        "influence": "loss² (nats²), no factor nβ; none, where it is a correlation",
+        "stderr": "as influence",
+        "query_mass": "share of the losses",
+        "probe_mass": "share of the losses",
+        "nbeta": "1 / loss (nats)",
+        "mean": "loss (nats)",
+        "mean_stderr": "loss (nats)",
+        "rhat": "none",
+        "ess": "draws",
+        "cost": "gradient equivalents",
+    },
     LocalLearningCoefficient: {
         "mean": "none",
         "stderr": "none",
@@ -70,7 +83,7 @@ class ResultFileError(ValueError):
 
 def save(
     path: str | os.PathLike[str],
-    result: Response | Intervention | LocalLearningCoefficient,
+    result: Response | Influence | Intervention | LocalLearningCoefficient,
     *,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
@@ -78,7 +91,7 @@ def save(
 
     Args:
         path: the file, replaced as a whole if it exists.
-        result: what `susceptibilities`, `solve_weights` or `llc` returned.
+        result: what `susceptibilities`, `influence`, `solve_weights` or `llc` returned.
         provenance: what else the file should say of its origin: a mapping that JSON can hold.
 
     Raises:
@@ -131,7 +144,9 @@ def origin() -> dict[str, str]:
     }
 
 
-def load(path: str | os.PathLike[str]) -> Response | Intervention | LocalLearningCoefficient:
+def load(
+    path: str | os.PathLike[str],
+) -> Response | Influence | Intervention | LocalLearningCoefficient:
     """The result in a file that `save` wrote.
 
     Raises:
