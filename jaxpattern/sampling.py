@@ -13,12 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxpattern.chains.divergence import check_alive
+from jaxpattern import tables
+from jaxpattern.chains.divergence import check_alive, lost_chains
 from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.loop import run_chains
 from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.record import Trace
 from jaxpattern.chains.run import make_run
+from jaxpattern.diagnostics import summarize
 from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
@@ -37,6 +39,38 @@ class Draws(dict[str, Any]):
         from jaxpattern import export
 
         return export.to_arviz(self)
+
+    def __str__(self) -> str:
+        return tables.text(_page, self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return tables.html(_page, self)
+
+
+def _page(draws: Draws) -> tables.Page:
+    """Each trace: its shape, and its mean with error, R-hat and ESS where it is one number."""
+    title = "Traces of chains"
+    leaves = jax.tree_util.tree_leaves_with_path(draws)
+    tables.refuse_unreadable(title, draws, 0)
+    alive = ~lost_chains(draws)
+    body = []
+    for path, leaf in leaves:
+        health = [""] * 3
+        if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            groups = Plan(len(alive), 0, leaf.shape[1]).batches
+            found = summarize(leaf, num_batches=groups, alive=alive)
+            mean = tables.measured(float(found.mean), float(found.stderr))
+            health = [mean, f"{float(found.rhat):.3f}", f"{float(found.ess):.0f}"]
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        body.append([name, " × ".join(map(str, leaf.shape[2:])) or "number", *health])
+    chains, draws_each = leaves[0][1].shape[:2]
+    title = f"{title}: {len(body)} of {chains} chains × {draws_each} draws"
+    notes = [f"{int((~alive).sum())} chains were lost and count nowhere."] * (not alive.all())
+    return tables.Page(
+        title, (tables.Grid(["trace", "shape", "mean", "R-hat", "ESS"], body),), tuple(notes)
+    )
 
 
 def _flatten(draws: Draws) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:

@@ -149,6 +149,24 @@ def test_traces_of_a_run():
     np.testing.assert_array_equal(twice["a"], 2 * trace["a"])
 
 
+def test_traces_in_words():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(3, 0.1, size=(4, 50)), jnp.float32)
+    draws = jp.Draws({"norm": x, "w": {"a": jnp.zeros((4, 50, 3, 2))}})
+    title, head, norm, rest = str(draws).splitlines()
+    assert title == "Traces of chains: 2 of 4 chains × 50 draws"
+    assert head.split() == ["trace", "shape", "mean", "R-hat", "ESS"]
+    own = jp.summarize(x, num_batches=5)
+    assert norm.split()[:3] == ["norm", "number", f"{float(own.mean):.4f}"]
+    assert norm.split()[-2:] == [f"{float(own.rhat):.3f}", f"{float(own.ess):.0f}"]
+    assert rest.split() == ["w.a", "3", "×", "2"]
+    lost = jp.Draws({"norm": x.at[1, 20:].set(jnp.nan)})
+    assert "1 chains were lost and count nowhere" in str(lost)
+    assert "nan" not in str(lost)
+    assert "<table>" in draws._repr_html_()
+    assert str(jp.Draws()) == "Draws: holds no numbers"
+
+
 def test_traces_without_names():
     trace = jp.sample(key(), posterior(), SAMPLER, PLAN, weights_of, progress=False)
     np.testing.assert_array_equal(export.to_arviz(trace)["posterior"]["trace"], trace)
