@@ -58,8 +58,8 @@ UNITS: dict[type, dict[str, str]] = {
     Influence: {
         "influence": "loss² (nats²), no factor nβ; none, where it is a correlation",
         "stderr": "as influence",
-        "query_mass": "share of the losses",
-        "probe_mass": "share of the losses",
+        "query_mass": "share of the rows, sum 1",
+        "probe_mass": "share of the columns, sum 1",
         "nbeta": "1 / loss (nats)",
         "mean": "loss (nats)",
         "mean_stderr": "loss (nats)",

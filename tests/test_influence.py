@@ -384,6 +384,19 @@ def test_lost_chains_count_nowhere():
     np.testing.assert_array_equal(result.diverged[0], ~living)
 
 
+def test_shares_of_rows_and_columns():
+    whole = make_run(jax.random.key(5), token_posterior(), jp.sgld(step_size=0.1), PLAN)
+    total = float(PADDING.sum()) + 6
+    for level, wanted in (("loss", PADDING), ("sample", PADDING.sum(1)), ("set", PADDING.sum())):
+        asked = BIF(
+            {"a": A, "b": B}, {"c": C}, query_level=level, query_weights={"a": PADDING}
+        )  # fmt: skip
+        losses = asked.recorder(whole)
+        mass = losses._mass(losses.queries)
+        np.testing.assert_allclose(mass["a"], np.asarray(wanted) / total, rtol=1e-6)
+        np.testing.assert_allclose(sum(float(q.sum()) for q in mass.values()), 1, rtol=1e-6)
+
+
 def test_a_batch_on_both_sides_is_evaluated_once():
     calls = []
 

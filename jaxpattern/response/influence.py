@@ -270,9 +270,12 @@ class Losses:
         )
 
     def _mass(self, side: Side) -> dict[str, Array]:
-        """The shares of the columns of a side."""
-        pairs = zip(side.names, side.keys, strict=True)
-        return {name: _level_mass(self.problem.mass[key], side.level) for name, key in pairs}
+        """The shares of the columns of a side, of sum 1."""
+        parts = {n: self.problem.mass[k] for n, k in zip(side.names, side.keys, strict=True)}
+        xp: Any = np if all(map(is_concrete, parts.values())) else jnp
+        whole = {n: xp.sum(xp.asarray(q), _axes(q, side.level)) for n, q in parts.items()}
+        total = sum(xp.sum(q) for q in whole.values())
+        return {n: on_device(xp.asarray(q / total, q.dtype)) for n, q in whole.items()}
 
     def result(self, run: Run, chains: Recorded) -> Influence:
         """Influences, errors and the health of the chains.
@@ -333,9 +336,6 @@ def _at_level(losses: Array, mass: Array, level: str) -> Array:
     return jnp.sum(mass * losses, axis=1) / jnp.where(total > 0, total, 1)
 
 
-def _level_mass(mass: Array, level: str) -> Array:
-    """The share of the columns of a level."""
-    axes = {"loss": (), "sample": tuple(range(1, mass.ndim)), "set": tuple(range(mass.ndim))}[level]
-    if is_concrete(mass):
-        return jax.device_put(np.sum(np.asarray(mass), axis=axes))
-    return jnp.sum(mass, axis=axes)
+def _axes(mass: Array, level: str) -> tuple[int, ...]:
+    """The axes of losses that a column of this level spans."""
+    return tuple(range({"loss": mass.ndim, "sample": 1, "set": 0}[level], mass.ndim))

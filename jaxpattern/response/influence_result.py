@@ -53,9 +53,8 @@ class Influence:
             lowers ℓ_q; or, with `correlation`, +Corr[ℓ_q, ℓ_z], positive there. The shape is that
             of the query's losses, then that of the probe's.
         stderr: its standard error, same shape.
-        query_mass: query set → share of each of its columns, of sum 1 over the different losses of
-            both sides; 0 excludes.
-        probe_mass: probe set → the same.
+        query_mass: query set → share of each row, of sum 1 over all; 0 excludes.
+        probe_mass: probe set → share of each column, the same.
         nbeta: inverse temperature of the posterior.
         mean: ⟨ℓ⟩ of each set in `rows`, its mean loss, `[S]`.
         mean_stderr: its standard error, `[S]`.
