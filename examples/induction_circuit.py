@@ -189,7 +189,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     (args.out / "report.json").write_text(json.dumps(result, indent=2, default=vars) + "\n")
     draw(lab, curves).savefig(args.out / "induction_circuit.png")
     draw_structure(lab, directions, scores["up"], args.out)
-    print(f"\nResults in {args.out}")
+    page = jp.report(
+        response, args.out / "report.html", tokens={"tokens": np.asarray(lab.train)[probes]},
+        decode=lab.decode, title="Response of the heads to the tokens of the training text",
+    )  # fmt: skip
+    print(f"\nPage: {page}\nResults in {args.out}")
     return result
 
 

@@ -186,7 +186,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
 
     stages.title("e. the response with φ fixed, by differentiating the chain and by covariance")
-    both = stages.stage("both-estimators", lambda: compare(settings, train_set, base, measured))
+    pages = {kind: options.out / f"report-{kind.lower()}.html" for kind in KINDS}
+    both = stages.stage(
+        "both-estimators", lambda: compare(settings, train_set, base, measured, pages)
+    )
     for i, kind in enumerate(KINDS):
         print(
             f"   {kind:11s} correlation {both['correlation'][i]:.2f}; difference over its error "
@@ -203,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }  # fmt: skip
     (options.out / "parentheses.json").write_text(json.dumps(result, indent=1))
     draw(finals).savefig(options.out / "parentheses.png", dpi=150)
-    print(f"\n{options.out / 'parentheses.png'}")
+    print("", options.out / "parentheses.png", *pages.values(), sep="\n")
     return result
 
 
@@ -406,9 +409,13 @@ def measure(settings: Settings, data: Any, withheld: Any, params: Any) -> dict[s
 
 
 def compare(
-    settings: Settings, data: Any, base: Any, measured: dict[str, list[dict[str, Any]]]
+    settings: Settings,
+    data: Any,
+    base: Any,
+    measured: dict[str, list[dict[str, Any]]],
+    pages: dict[str, Path],
 ) -> dict[str, Any]:
-    """The response with φ fixed, by both estimators, around one solution of each kind.
+    """The response with φ fixed, by both estimators, around one solution of each kind, and pages.
 
     `pathwise` and `covariance` are root mean squares of χ over its standard error, 1 for noise;
     `difference` that of their difference over its own.
@@ -433,6 +440,10 @@ def compare(
                 probes={"strings": data}, components={"all": jp.by_path("*")}, progress=False,
                 estimator=estimator,
             )  # fmt: skip
+            if name == "pathwise":
+                texts = [brackets.to_text(string) for string in strings_of(data)]
+                title = f"Response of a {kind} solution to its training strings"
+                jp.report(response, pages[kind], tokens={"strings": texts}, title=title)
             chi[name] = np.asarray(response.chi["strings"][0], float)
             stderr[name] = np.asarray(response.stderr["strings"][0], float)
             row[name] = root_mean_square(chi[name] / stderr[name])

@@ -23,7 +23,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ import jaxpattern as jp
 from jaxpattern import plot
 from jaxpattern.data import text
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
+from stages import writable
 
 
 class Settings(NamedTuple):
@@ -55,11 +55,13 @@ class Settings(NamedTuple):
     localization: float = 5e4
     step_size: float = 3e-6
     measure: jp.Plan = jp.Plan(
-        num_chains=4, num_burnin=45, num_draws=2, thin=12, num_batches=2, batch_size=8
-    )
+        num_chains=4, num_burnin=45, num_draws=2, thin=12, num_batches=2, batch_size=8,
+        chains_at_once=1,
+    )  # fmt: skip
     check: jp.Plan = jp.Plan(
-        num_chains=4, num_burnin=45, num_draws=8, thin=6, num_batches=4, batch_size=8
-    )
+        num_chains=4, num_burnin=45, num_draws=8, thin=6, num_batches=4, batch_size=8,
+        chains_at_once=1,
+    )  # fmt: skip
 
 
 QUICK = Settings(
@@ -78,6 +80,7 @@ ESTIMATOR = jp.pathwise(mode="tangent", probe_batch=8)
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, measure, solve, check and write; returns what the JSON file holds."""
     args = parse(argv)
+    writable(args.out)
     settings = QUICK if args.quick else Settings()
     model = settings.model
     keys = jax.random.split(jax.random.key(args.seed), 3)
@@ -96,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     loss_fn = make_loss_fn(model)
     data = np.concatenate(list(train.values()))
     seeds = jax.random.split(keys[0], settings.seeds)
-    start = jax.jit(jax.vmap(partial(transformer.init, config=model)))(seeds)
+    starts = [transformer.init(seed, model) for seed in seeds]
+    start = jax.tree.map(lambda *leaves: np.stack(leaves), *starts)
     # One optimizer and one function of losses: another object would be compiled again.
     optimizer = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
     held_out_losses = make_observable(loss_fn, held_out)
@@ -107,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         params, _ = jp.train(
             seeds, loss_fn, start, data, optimizer, num_steps=settings.steps,
             batch_size=settings.batch_size, weights=token_weights(mixture, train),
+            seeds_at_once=1,
         )  # fmt: skip
         return params, np.asarray(losses_of(params))
 
@@ -205,12 +210,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "data_sha256": text.fingerprint(np.asarray(data)),
         "version": jp.__version__,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
+    page = jp.report(
+        [response, solution], args.out / "report.html",
+        realised={"sampled again": realised, "retrained": retrained},
+        title=f"Mixture that lowers {lower} and holds {hold}",
+    )  # fmt: skip
     picture, numbers = args.out / "quickstart.png", args.out / "weights.json"
     draw(response, solution, predicted, realised, target).savefig(picture)
     numbers.write_text(json.dumps(result, indent=2, default=lambda x: vars(x)) + "\n")
     clock.report()
-    print(f"\nPicture: {picture}\nWeights: {numbers}")
+    print(f"\nPage:    {page}\nPicture: {picture}\nWeights: {numbers}")
     return result
 
 

@@ -1,10 +1,11 @@
-"""Stages of an example: arrays computed once, kept in a folder, and read when run again."""
+"""Where an example writes: a folder that can be written to, and stages that are kept in it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +14,24 @@ from typing import Any
 import numpy as np
 
 
+def writable(folder: Path) -> Path:
+    """The folder, made if it is not there; ends the program with a message where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise SystemExit(
+            f"--out {folder} cannot be written: {error.strerror or error}. Give another folder."
+        ) from None
+
+
 class Stages:
     """A folder with one `.npz` of arrays for each stage, and a note of what it was made with."""
 
     def __init__(self, folder: Path, settings: Any) -> None:
-        self.folder, self.settings = folder, repr(settings)
+        self.folder, self.settings = writable(folder), repr(settings)
         self.start = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
 
     def title(self, words: str) -> None:
         """Say which stage this is, and how long it took to come here."""

@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"   {sides(present)}; seed {pentagon} is a pentagon without feature {absent}")
 
     stages.title("b. response of the norms to the mixture, sampled and exact")
-    sampled = stages.stage("sampled", lambda: measure(settings, params, absent))
+    page = options.out / "report.html"
+    sampled = stages.stage("sampled", lambda: measure(settings, params, absent, page))
     exact = stages.stage("exact", lambda: measure_exactly(settings, params))
     deviation = np.abs(sampled["chi"] - exact["chi"]) / np.hypot(sampled["stderr"], exact["stderr"])
     agreement = np.corrcoef(sampled["chi"].ravel(), exact["chi"].ravel())[0, 1]
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for end in ("down", "equal", "up")
     }
     draw(sampled, exact, rows, pictures).savefig(options.out / "superposition.png", dpi=150)
-    print(f"\n{options.out / 'superposition.png'}")
+    print(f"\n{options.out / 'superposition.png'}\n{page}")
     return result
 
 
@@ -192,8 +193,8 @@ def matrix(values: dict[str, jax.Array]) -> jax.Array:
     return jnp.concatenate([values[name] for name in NAMES], axis=1)
 
 
-def measure(settings: Settings, params: Any, absent: int) -> dict[str, Any]:
-    """The sampled response, and the mixtures it gives for the wanted shifts."""
+def measure(settings: Settings, params: Any, absent: int, page: Path) -> dict[str, Any]:
+    """The sampled response, the mixtures it gives for the wanted shifts, and a page of both."""
     response = respond(
         settings, params, sampler=jp.sgld(step_size=settings.step_size), plan=settings.sampled,
         estimator=jp.pathwise(),
@@ -202,6 +203,7 @@ def measure(settings: Settings, params: Any, absent: int) -> dict[str, Any]:
         jp.solve_weights(response, {NAMES[absent]: shift}, method=jp.entropic())
         for shift in settings.shifts
     ]
+    jp.report([jp.group_mean(response), *solutions], page, unit="squared length")
     weights = jnp.array([[s.weights[name][0] for name in NAMES] for s in solutions])
     return {
         "chi": matrix(response.chi),

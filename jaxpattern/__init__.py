@@ -42,6 +42,7 @@ from jaxpattern.lm.tokens import (
 from jaxpattern.observables import excess_loss, mean_loss, mean_losses
 from jaxpattern.online import pattern
 from jaxpattern.posterior import Minibatch, Posterior, localized_posterior, restrict
+from jaxpattern.report import report
 from jaxpattern.response.covariance import covariance
 from jaxpattern.response.directions import PrincipalDirections, principal_directions
 from jaxpattern.response.estimator import Estimator
@@ -164,6 +165,7 @@ __all__ = [
     "regress_coordinates",
     "repeated_bigrams",
     "repeated_tokens",
+    "report",
     "restrict",
     "restriction_mask",
     "ridge",

@@ -49,6 +49,7 @@ class Descent(NamedTuple):
     record_every: int | None
     mesh: Mesh | None
     stochastic: bool = False
+    seeds_at_once: int | None = None
 
     @property
     def losses(self) -> LossFn:
@@ -163,6 +164,8 @@ def check_descent(
         )
     if run.weighting not in ("loss", "sampling"):
         raise ValueError(f"weighting must be 'loss' or 'sampling', got {run.weighting!r}")
+    if run.seeds_at_once is not None:
+        check_count("seeds_at_once", run.seeds_at_once, minimum=1)
     if run.record_every is not None:
         check_count("record_every", run.record_every, minimum=1)
     if seeds is not None and batch_length("params", params) != seeds:

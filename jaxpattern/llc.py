@@ -38,7 +38,7 @@ from jaxpattern.losses import weighted_mean
 from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
-from jaxpattern.verdict import coarse, say, stiff, trend, unsettled, warn
+from jaxpattern.verdict import PILOT, before, say, trend, unsettled, warn
 
 if TYPE_CHECKING:
     import xarray
@@ -55,8 +55,8 @@ class LocalLearningCoefficient(NamedTuple):
     trace: Float[Array, "chains draws"]
     diverged: Bool[Array, " chains"]
     cost: float
-    stiffness: Float[Array, ""] | float = float("nan")
-    spacing: Float[Array, ""] | float = float("nan")
+    pilot: dict[str, Float[Array, ""]] = {}  # noqa: RUF012
+    groups: float = 0.0  # of draws of each chain, which the error is from
 
     @property
     def verdict(self) -> str:
@@ -66,11 +66,9 @@ class LocalLearningCoefficient(NamedTuple):
         drift, size = trend(living, np.ones(len(living), bool), 20)
         found = unsettled(
             rhat=float(self.rhat), ess=float(self.ess), spread=float(np.ptp(living)),
-            drift=float(drift), size=float(size),
+            drift=float(drift), size=float(size), groups=float(self.groups) * len(living),
         )  # fmt: skip
-        return say(
-            "LLC", [("", [*found, *stiff(float(self.stiffness)), *coarse(float(self.spacing))])]
-        )
+        return say("LLC", [("", [*found, *before(self.pilot)])])
 
     def to_arviz(self) -> xarray.DataTree:
         """The trace as ArviZ takes it; see `export.to_arviz`."""
@@ -169,8 +167,11 @@ def coefficient(run: Run, chains: Recorded, pilot: Pilot | None) -> LocalLearnin
         trace=on_device(trace),
         diverged=on_device(~alive),
         cost=plan.num_chains * run.batch * (plan.num_steps + plan.num_draws * 2 / 3),
-        stiffness=on_device(np.asarray(np.nan if pilot is None else pilot.stiffness[0], "f")),
-        spacing=on_device(np.asarray(np.nan if pilot is None else pilot.spacing[0], "f")),
+        pilot={
+            name: on_device(np.asarray(np.nan if pilot is None else getattr(pilot, name)[0], "f"))
+            for name in PILOT
+        },
+        groups=float(plan.batches),
     )
     if isinstance(trace, np.ndarray) and not result.verdict.startswith("nothing"):
         warn(result.verdict, stacklevel=2)

@@ -69,16 +69,16 @@ class Pattern(NamedTuple):
         return self.rounds[-1].weights
 
     def __str__(self) -> str:
-        return tables.text(_page, self)
+        return tables.text(describe, self)
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return tables.html(_page, self)
+        return tables.html(describe, self)
 
 
-def _page(result: Pattern) -> tables.Page:
+def describe(result: Pattern) -> tables.Page:
     """A line for each round and row that was targeted or held."""
     title = f"Patterning in {len(result.rounds)} rounds"
     rows = [*result.target, *result.hold]

@@ -48,6 +48,8 @@ class Sampler:
             as `"gradient"`.
         step_scale: function of state and settings that gives the standard deviation of the random
             part of a step, a number or one for each parameter; None: not known.
+        tempers_noise: whether its friction adapts to the noise of mini-batches, so that they do not
+            heat it.
         name: what it is called.
     """
 
@@ -60,6 +62,7 @@ class Sampler:
     step_scale: Callable[[Any, dict[str, Any]], Any] | None = field(
         default=None, metadata={"static": True}
     )
+    tempers_noise: bool = field(default=False, metadata={"static": True})
     name: str = field(default="sampler", metadata={"static": True})
 
     def __call__(self, posterior: Any) -> Any:
@@ -396,6 +399,7 @@ def sgnht(
         gradients_per_step=1,
         relaxation_steps=_underdamped,
         step_scale=_momentum_scale,
+        tempers_noise=True,
         name="sgnht",
     )
 

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from jaxpattern import tables
 from jaxpattern.chains.divergence import check_alive
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import Recorded, States, run_chains
@@ -68,6 +69,9 @@ class Measured(Mapping[str, Any]):
 
     def __str__(self) -> str:
         return "\n\n".join(f"{name}\n{result}" for name, result in self.results.items())
+
+    def _repr_html_(self) -> str:
+        return tables.together(self.results)
 
 
 def measure(

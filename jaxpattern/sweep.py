@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxpattern import tables
 from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.loop import run_chains
 from jaxpattern.chains.plan import Plan
@@ -64,6 +65,25 @@ class Sweep(NamedTuple):
                 f"  {'; '.join(self.problems[s]) or 'healthy'}"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return tables.html(describe, self, most=len(self.llc))
+
+
+def describe(result: Sweep) -> tables.Page:
+    """A line for each setting."""
+    header = ["step size", "nβ", "γ", "λ̂", "R-hat", "temperature", "kept", "verdict"]
+    body = [
+        [
+            f"{result.step_size[s]:.3g}", f"{result.nbeta[s]:.4g}",
+            f"{result.localization[s]:.4g}", tables.measured(result.llc[s], result.stderr[s]),
+            f"{result.rhat[s]:.3f}", f"{result.temperature[s]:.2f}", f"{result.kept[s]:.2f}",
+            "; ".join(result.problems[s]) or "healthy",
+        ]
+        for s in range(len(result.llc))
+    ]  # fmt: skip
+    title = f"{int(np.sum(result.healthy))} of {len(result.llc)} settings are healthy"
+    return tables.Page(title, (tables.Grid(header, body),))
 
 
 class _Reading(NamedTuple):

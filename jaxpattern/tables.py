@@ -9,7 +9,7 @@ from __future__ import annotations
 import html as _html
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,18 +66,28 @@ def text(describe: Callable[[Any], Page], result: Any) -> str:
     return "\n".join(lines)
 
 
-def html(describe: Callable[[Any], Page], result: Any) -> str:
-    """The page as plain HTML, every text escaped."""
+def html(describe: Callable[[Any], Page], result: Any, most: int = MAX_ROWS) -> str:
+    """The page as plain HTML, every text escaped, with at most so many rows."""
     page = _page(describe, result)
     parts = [f"<p><b>{_html.escape(page.title)}</b></p>"]
     for grid in page.grids:
-        cut = _cut(grid, MAX_ROWS // len(page.grids))
+        cut = _cut(grid, most // len(page.grids))
         for tag, rows in (("th", [cut.header]), ("td", cut.rows)):
             cells = [[f"<{tag}>{_html.escape(cell)}</{tag}>" for cell in row] for row in rows]
             rows_html = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
             parts.append(f"<table><thead>{rows_html}</thead>" if tag == "th" else
                          f"<tbody>{rows_html}</tbody></table>")  # fmt: skip
     parts += [f"<p>{_html.escape(note)}</p>" for note in page.notes]
+    return "".join(parts)
+
+
+def together(results: Mapping[str, Any]) -> str:
+    """Several results under their names as HTML; what has no page of its own as text."""
+    parts = []
+    for name, result in results.items():
+        own = getattr(result, "_repr_html_", None)
+        shown = own() if own else f"<pre>{_html.escape(str(result))}</pre>"
+        parts.append(f"<h4>{_html.escape(name)}</h4>{shown}")
     return "".join(parts)
 
 

@@ -87,8 +87,9 @@ def train(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     mesh: Mesh | None = None,
+    seeds_at_once: int | None = None,
 ) -> tuple[Params, History]:
-    """Minimise L(w) = Σ_j ρ_j ℓ_j(w) / Σ_j ρ_j with an optax optimizer.
+    """Minimize L(w) = Σ_j ρ_j ℓ_j(w) / Σ_j ρ_j with an optax optimizer.
 
     With `weighting="loss"` a batch is drawn uniformly with replacement and its loss is
     Σ_B ρℓ / Σ_B ρ. With `"sampling"` samples are drawn with probability ∝ Σ_t ρ_jt, and weights
@@ -116,6 +117,9 @@ def train(
         mesh: where it runs, see `jaxpattern.mesh`; None: the current mesh, or one device. Seeds are
             dealt out over `chain`; the samples of a batch are cut over `data`, which changes
             the order of sums and so the last bits.
+        seeds_at_once: seeds a device trains together, the others wait; None: all it has. On a CPU
+            one at a time takes less memory and, for all but the smallest models, less time; the
+            last bits change.
 
     Returns:
         The trained parameters and a `History`. A step whose loss or gradient is not finite
@@ -132,7 +136,7 @@ def train(
     params, data, weights, given = take((params, data, weights, optimizer_state))
     run = Descent(
         loss_fn, optimizer, num_steps, batch_size, weighting, record_every, mesh,
-        num_required(loss_fn) == 3,
+        num_required(loss_fn) == 3, seeds_at_once,
     )  # fmt: skip
     data = jax.tree.map(jnp.asarray, data)
     weighted = Minibatch(data, check_descent(run, seeds, params, data, weights, given))
@@ -150,7 +154,7 @@ def train(
         if seeds is None:
             key, params, given = put(lanes, mesh)
         else:
-            key, params, given = put(pad_lanes(lanes, mesh), mesh, "chain")
+            key, params, given = put(pad_lanes(lanes, mesh, seeds_at_once), mesh, "chain")
 
         def advance(state: _State, a: int, b: int) -> _State:
             if not host.chunked:
@@ -230,7 +234,8 @@ def _start(
 
     if seeds is None:
         return one(params, given)
-    return over_lanes(lambda _, *lane: one(*lane), run.mesh)((), params, given)
+    every = over_lanes(lambda _, *lane: one(*lane), run.mesh, run.seeds_at_once)
+    return every((), params, given)
 
 
 @partial(jax.jit, static_argnames=("run", "static_bounds"))
@@ -248,7 +253,7 @@ def _advance(
     shared = (weighted, metrics, bounds)
     if key.ndim == 0:
         return steps(shared, state, key)
-    return over_lanes(steps, run.mesh)(shared, state, key)
+    return over_lanes(steps, run.mesh, run.seeds_at_once)(shared, state, key)
 
 
 def _steps(

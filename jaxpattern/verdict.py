@@ -9,7 +9,7 @@ the step. Thresholds are such that healthy chains set off none of them in one of
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,11 +21,16 @@ RHAT = 1.2
 ESS = 10.0
 TREND = 6.0
 REMAINDER = 0.1
-STIFF = 1.25
+STIFF = 1.0
+HEAT = 0.5
+GRAIN = 0.3
+JUMP = 1.2  # smooth losses .001 to .02, kinks .02 to .9, jumps 1.3 to 100
+LEAP = 0.1
 UNSTABLE = 4.0
 SLOPE = 0.4
 GROWTH = 30.0  # transformers whose perturbations grew 52 times realized .57 of the prediction
 _RARE = 1e-4
+PILOT = ("stiffness", "heat", "spacing", "grain", "jump", "leap")
 
 
 class UnreliableWarning(UserWarning):
@@ -73,8 +78,10 @@ def trend(trace: Any, alive: Any, num_batches: int) -> Trend:
     )
 
 
-def unsettled(*, rhat: float, ess: float, spread: float, drift: float, size: float) -> list[str]:
-    """What is wrong with the chains behind one number."""
+def unsettled(
+    *, rhat: float, ess: float, spread: float, drift: float, size: float, groups: float = 0.0
+) -> list[str]:
+    """What is wrong with the chains behind one number, whose error is from so many groups."""
     if spread == 0:
         return ["it never changed: the chains do not move, or it does not depend on them"]
     found = []
@@ -87,31 +94,49 @@ def unsettled(*, rhat: float, ess: float, spread: float, drift: float, size: flo
         found.append(f"the chains disagree (R-hat {rhat:.2f})")
     elif ess < ESS:
         found.append(f"there are only about {ess:.0f} independent draws")
+    elif ess < groups:
+        found.append(
+            f"its error is from {groups:.0f} groups of draws, of which only about {ess:.0f} are "
+            "independent: the error is too small. A larger thin, or a smaller num_batches"
+        )
     return found
 
 
-def stiff(stiffness: float) -> list[str]:
-    """What is wrong with the step."""
-    if not stiffness > STIFF:
-        return []
-    if stiffness >= UNSTABLE:
-        outcome = "chains leave for infinity from 4 on"
-    else:
-        outcome = f"its variance is {1 / (1 - stiffness / 4):.1f} times the right one"
-    return [
-        f"the step is too large for the stiffest direction (εP = {stiffness:.2g}; {outcome}): take "
-        "a smaller step_size"
-    ]
-
-
-def coarse(spacing: float) -> list[str]:
-    """What is wrong with the type of the parameters."""
-    if not spacing > 1:
-        return []
-    return [
-        f"parameters narrower than float32 lie {spacing:.1g} times as far apart as the posterior "
-        "is wide: the loss does not see what the chain does. Give float32 parameters"
-    ]
+def before(known: Mapping[str, Any]) -> list[str]:
+    """What is wrong with posterior, step and mini-batches, by what a pilot found (see `PILOT`)."""
+    of = {name: float(known.get(name, np.nan)) for name in PILOT}
+    found = []
+    if of["stiffness"] > STIFF:
+        if of["stiffness"] >= UNSTABLE:
+            outcome = "chains leave for infinity from 4 on"
+        else:
+            outcome = f"its variance is {1 / (1 - of['stiffness'] / 4):.1f} times the right one"
+        found.append(
+            f"the step is too large for the stiffest direction (εP = {of['stiffness']:.2g}; "
+            f"{outcome}): take a smaller step_size"
+        )
+    if of["heat"] > HEAT:
+        found.append(
+            f"the noise of mini-batches adds {of['heat']:.0%} to the temperature in the stiffest "
+            "direction: take a larger batch_size or a smaller step_size"
+        )
+    if of["spacing"] > 1:
+        found.append(
+            f"parameters narrower than float32 lie {of['spacing']:.1g} times as far apart as the "
+            "posterior is wide: the loss does not see what the chain does. Give float32 parameters"
+        )
+    if of["grain"] > GRAIN:
+        found.append(
+            f"the loss is rounded to {of['grain']:.2g} of a temperature (1/nβ): its differences "
+            "are noise. Take a smaller nbeta, or float64"
+        )
+    if of["jump"] > JUMP and of["leap"] > LEAP:
+        found.append(
+            f"the loss jumps: over a relaxation time it changes by {of['leap']:.2g} temperatures "
+            "(1/nβ) that no gradient shows, as with routing, rounding, sorting or thresholds. The "
+            "chain samples another law; make the loss continuous, or sample with mala"
+        )
+    return found
 
 
 def chaotic(growth: float, horizon: float) -> list[str]:

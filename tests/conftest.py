@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -54,11 +55,15 @@ def missing(marker: str) -> str | None:
     if marker == "gpu":
         found = any(device.platform == "gpu" for device in jax.devices())
         return None if found else f"no GPU: jax runs on {jax.default_backend()}"
+    if marker == "browser":
+        absent = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+        absent += [] if importlib.util.find_spec("selenium") else ["selenium"]
+        return f"not installed: {', '.join(absent)}" if absent else None
     return None if importlib.util.find_spec(marker) else f"{marker} is not installed"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker in ("gpu", "torch", "libtpu"):
+    for marker in ("gpu", "torch", "libtpu", "browser"):
         if item.get_closest_marker(marker) and (reason := missing(marker)):
             pytest.skip(reason)
 

@@ -110,23 +110,26 @@ def line(monkeypatch):
 
 
 def test_no_time_is_shown_that_nobody_knows(line):
-    """The first chunk compiles for half a second; then each of 40 steps takes 0.02."""
+    """The first chunk compiles for half a second, and one later; each of 80 steps takes 0.02."""
 
     def advance(state, a, b):
-        time.sleep(0.5 * (a == 0) + 0.02 * (b - a))
+        time.sleep(0.5 * (a in (0, 20)) + 0.02 * (b - a))
         return state
 
     Host(progress=True).loop(
-        "LLC", 40, lambda: jnp.zeros(()), advance, note=lambda state, a, b: f"at={b}"
+        "LLC", 80, lambda: jnp.zeros(()), advance, cuts=(20,), note=lambda state, a, b: f"at={b}"
     )
     first, second, *rest = line()
     assert first.startswith("LLC: compiling:   0%")
     assert "<?" in first
     assert second.startswith("LLC:")
     assert "<?" in second
-    assert "at=1" in second
-    shown = [text for text in rest if "step/s" in text]
-    assert shown
+    assert "at=2" in second
+    (later,) = [text for text in rest if "compiling" in text]
+    assert later.startswith("LLC: compiling:  25%")
+    assert "<?" in later
+    shown = [text for text in rest if "step/s" in text and "<?" not in text]
+    assert {text in rest[: rest.index(later)] for text in shown} == {True, False}
     for text in shown:
         rate = float(text.split("step/s")[0].split()[-1].lstrip(","))
         assert 25 < rate < 51, text

@@ -176,7 +176,7 @@ def test_auto_takes_the_cheaper_mode_and_says_which():
     auto = jp.pathwise(mode="auto")
     assert (
         run(observables=many, probes={"all": data}, estimator=auto).estimator
-        == "pathwise (tangent, secants)"
+        == "pathwise (tangent, one-sided secants)"
     )
     groups = {f"z{i}": jax.tree.map(lambda x, i=i: x[i : i + 1], data) for i in range(6)}
     chosen = run(observables={"one": OBSERVABLES["sine"]}, probes=groups, estimator=auto)
@@ -398,6 +398,27 @@ def test_growth_is_noticed_and_cut():
     assert fallback.cost > response.cost
 
 
+def test_growth_of_tangents_is_noticed():
+    """δ of an expanding direction outgrows what was put into it; in a contracting chain not."""
+    posterior, data = saddle()
+    sampler = jp.sgld(step_size=2e-3)
+    run = partial(
+        jp.susceptibilities, KEY, posterior, sampler, jp.Plan(4, num_burnin=0, num_draws=4, thin=3),
+        observables={"first": lambda p: p["w"][0]}, probes={"all": data[:1]}, progress=False,
+    )  # fmt: skip
+    with pytest.warns(jp.GrowthWarning, match="tangents grew past 1"):
+        response = run(estimator=jp.pathwise(mode="tangent", growth_limit=1.0))
+    assert response.diagnostics["growth"].shape == (1, 4, 4)
+    params, data = tiny_network()
+    posterior = jp.localized_posterior(network_loss, params, data, nbeta=20.0, localization=300.0)
+    settled = jp.susceptibilities(
+        KEY, posterior, sampler, jp.Plan(4, num_burnin=5, num_draws=4, thin=3),
+        observables=OBSERVABLES, probes={"all": data}, progress=False,
+        estimator=jp.pathwise(mode="tangent", growth_limit=1.0),
+    )  # fmt: skip
+    assert settled.diagnostics["growth"].max() < 1
+
+
 def test_the_curvature_of_the_response_is_a_derivative_through_the_estimate(x64):
     """∂χ/∂ρ along a direction of the data weights, against differences on the same chain."""
     params, data = tiny_network()
@@ -407,7 +428,8 @@ def test_the_curvature_of_the_response_is_a_derivative_through_the_estimate(x64)
     def chi(rho):
         return jp.susceptibilities(
             KEY, posterior.reweight(rho), jp.sgld(step_size=1e-3), plan, observables=OBSERVABLES,
-            probes={"all": data}, estimator=jp.pathwise(window=20, every=1), progress=False,
+            probes={"all": data}, estimator=jp.pathwise(window=20, every=1, product="central"),
+            progress=False,
         ).chi["all"]  # fmt: skip
 
     direction = jnp.asarray(np.random.default_rng(5).normal(size=6))

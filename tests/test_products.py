@@ -24,7 +24,9 @@ def quadratic(w):
 
 
 @pytest.mark.parametrize("product", ["central", "one-sided", "autodiff"])
-@pytest.mark.parametrize("metric", [0.03, {"a": jnp.full(1, 0.01), "b": jnp.full(3, 0.2)}])
+@pytest.mark.parametrize(
+    "metric", [{"a": np.full(1, x), "b": np.full(3, y)} for x, y in ((0.03, 0.03), (0.01, 0.2))]
+)
 def test_products_of_a_quadratic_are_exact(product, metric):
     at = {"a": jnp.asarray([0.3]), "b": jnp.asarray([1.0, -2.0, 0.5])}
     directions = {
@@ -50,7 +52,7 @@ def test_no_direction_has_no_product():
         at,
         zero,
         product="central",
-        scale=0.1,
+        scale={"a": np.full(1, 0.1), "b": np.full(3, 0.1)},
         width=1.0,
         key=jax.random.fold_in(KEY, 1),
     )
@@ -68,8 +70,8 @@ fused.defvjp(lambda x: (x**2, x), lambda x, g: (2 * g * x,))
 def test_derivatives_of_what_forward_mode_cannot_enter():
     """A difference of values stands in, exact for a square up to rounding."""
     at, directions = jnp.asarray([1.0, -2.0]), jnp.asarray([[1.0, 0.0], [0.5, 2.0]])
-    value, along = derivatives_along(fused, at, directions, scale=0.1)
-    plain, exact = derivatives_along(lambda x: x**2, at, directions, scale=0.1)
+    value, along = derivatives_along(fused, at, directions, scale=jnp.full(2, 0.1))
+    plain, exact = derivatives_along(lambda x: x**2, at, directions, scale=jnp.full(2, 0.1))
     np.testing.assert_allclose(value, plain, rtol=1e-6)
     # Rounding of values of size 4 over a distance of 0.025: 2e-5.
     np.testing.assert_allclose(along, exact, atol=2e-4)
@@ -180,3 +182,40 @@ def test_preconditioned_chains_forget_as_their_gradients_say():
     sampler = jp.rmsprop_sgld(step_size=0.01, stability=0.5)
     assert sampler.relaxation(posterior, 7.0) == pytest.approx(2 * 7.5 / (0.01 * 2))
     assert sampler.relaxation(posterior) == pytest.approx(2 * 1.0 / (0.01 * 2))
+
+
+def absolute_error(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["a"] + params["b"][None])
+    return jnp.abs(hidden @ params["c"] - batch["y"])
+
+
+def absolute(estimator):
+    rng = np.random.default_rng(2)
+    x, a, c = (rng.normal(size=shape) for shape in ((24, 2), (2, 3), 3))
+    y = np.tanh(x @ a) @ c + 0.05 * rng.normal(size=24)
+    data, params = jax.tree.map(
+        lambda x: np.asarray(x, np.float32),
+        ({"x": x, "y": y}, {"a": a, "b": np.zeros(3), "c": c}),
+    )
+    posterior = jp.localized_posterior(absolute_error, params, data, nbeta=100.0, localization=30.0)
+    plan = jp.Plan(num_chains=8, num_burnin=1333, num_draws=10, thin=133)
+    return jp.susceptibilities(
+        KEY, posterior, jp.sgld(step_size=3e-4), plan,
+        observables={"c": lambda p: p["c"][0], "b": lambda p: p["b"][0]}, probes={"all": data},
+        estimator=estimator, progress=False,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::jaxpattern.UnreliableWarning")
+def test_secants_are_widened_where_the_derivative_grew():
+    """A contracting chain stays below 1, which secants as narrow as the noise do not, by little."""
+    limit = 1.005
+    with pytest.warns(jp.GrowthWarning, match="adjoint grew past"):
+        narrow = absolute(jp.pathwise(width=1.0, growth_limit=limit))
+    wide = absolute(jp.pathwise(growth_limit=limit))
+    width = float(wide.estimator.split("of width ")[1].rstrip(")"))
+    assert width in (2, 4, 8)
+    assert wide.diagnostics["growth"].max() < limit < narrow.diagnostics["growth"].max()
+    again = absolute(jp.pathwise(width=width, growth_limit=limit))
+    np.testing.assert_array_equal(wide.chi["all"], again.chi["all"])
+    assert wide.cost > again.cost

@@ -5,6 +5,7 @@ import math
 
 import matplotlib.image
 import pytest
+from pages import Page, number
 
 import quickstart
 from jaxpattern.data import text
@@ -18,7 +19,11 @@ def run(tmp_path_factory):
 
 def test_it_writes_a_picture_and_the_weights(run):
     result, out = run
-    assert {path.name for path in out.iterdir()} == {"quickstart.png", "weights.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "quickstart.png",
+        "weights.json",
+        "report.html",
+    }
     image = matplotlib.image.imread(out / "quickstart.png")
     height, width, _ = image.shape
     assert width > 1000
@@ -52,6 +57,25 @@ def test_the_file_says_what_was_asked_predicted_and_found(run):
     assert len(written["data_sha256"]) == 64
     assert written["settings"]["quick"] is True
     assert written["settings"]["seed"] == 0
+
+
+def test_the_page_says_what_the_file_says(run):
+    result, out = run
+    head, *rows = Page(out / "report.html").tables["shifts"]
+    scale = 1e-3 if "10⁻³" in head[1] else 1e-6 if "10⁻⁶" in head[1] else 1.0
+    column = head.index("sampled again")
+    for row in rows:
+        entry = result["realised_shift"][row[0]]
+        (value, error), rounding = number(row[column])
+        assert scale * value == pytest.approx(entry["value"], abs=scale * rounding[0])
+        assert scale * error == pytest.approx(entry["stderr"], abs=scale * rounding[1])
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(quickstart, "load_text", lambda *_: pytest.fail("work"))
+    with pytest.raises(SystemExit, match=r"--out .*file.out cannot be written: Not a directory"):
+        quickstart.main(["--quick", "--out", str(tmp_path / "file" / "out")])
 
 
 def test_your_own_folder(run, tmp_path, capfd):

@@ -5,6 +5,12 @@ import pytest
 import stages
 
 
+def test_a_folder_that_cannot_be_written_ends_the_program(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"--out .*file cannot be written: File exists"):
+        stages.Stages(tmp_path / "file", None)
+
+
 def test_a_stage_of_other_settings_is_made_again(tmp_path, capsys):
     first, other = (stages.Stages(tmp_path, {"setting": value}) for value in (1, 2))
     assert first.stage("name", lambda: {"x": 1}) == {"x": 1}

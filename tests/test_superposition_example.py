@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from pages import Page
 
 import superposition as example
 
@@ -23,6 +24,7 @@ def test_runs_and_goes_on_from_its_stages(tmp_path, capsys):
     assert swapped[(absent + 1) % 6] == down
     assert json.loads((tmp_path / "superposition.json").read_text())["absent"] == absent
     assert (tmp_path / "superposition.png").stat().st_size > 10_000
+    assert len(Page(tmp_path / "report.html").tables["response-matrix"]) == 1 + 6
 
     stamp = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npz")}
     (tmp_path / "+0.008.npz").unlink()

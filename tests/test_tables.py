@@ -145,6 +145,26 @@ def test_html_is_escaped():
     assert written.count("<tr>") == 3
 
 
+def test_other_results_in_notebooks():
+    directions = jp.principal_directions(make_response(3, halves=True))
+    written = directions._repr_html_()
+    assert written.count("<tr>") == 4
+    first = int(np.argmax(np.abs(directions.loadings[0])))
+    assert f"{directions.rows[first]} {float(directions.loadings[0, first]):+.2f}" in written
+    assert "reliability" in str(directions)
+    together = jp.Measured({"<a>": llc(), "trace": "x < y"}, None)
+    written = together._repr_html_()
+    assert "<h4>&lt;a&gt;</h4><p><b>Local learning coefficient" in written
+    assert "<pre>x &lt; y</pre>" in written
+    numbers = np.arange(1.0, 21.0)
+    problems = (("bad",),) * 5 + ((),) * 15
+    swept = jp.Sweep(*[numbers] * 8, np.zeros((20, 1, 1)), numbers > 5, problems)
+    written = swept._repr_html_()
+    assert written.count("<tr>") == 21
+    assert written.count("<td>bad</td>") == 5
+    assert "15 of 20 settings are healthy" in written
+
+
 # --- columns --------------------------------------------------------------------------------------
 
 

@@ -39,8 +39,21 @@ def check_alive(
     alive: Bool[Array | np.ndarray, "components chains"],
     names: tuple[str, ...],
     posterior: Posterior,
+    states: PyTree[Any] = (),
 ) -> None:
-    """The divergence rule: warn and name lost chains, raise where a component lost all."""
+    """The divergence rule: warn and name lost chains, raise where a component lost all.
+
+    Args:
+        alive: which chains stayed finite, and what they left.
+        names: of the components.
+        posterior: what was sampled.
+        states: of chains that went on when what was made of them was not finite, `[component,
+            chain, ...]`: where they are finite themselves, a derivative along them is not.
+
+    Raises:
+        DivergenceError: a component lost all its chains.
+        FloatingPointError: their derivatives were not finite, and they are.
+    """
     if not is_concrete(alive) or bool(np.asarray(alive).all()):
         return
     alive = np.asarray(alive)
@@ -52,19 +65,35 @@ def check_alive(
     where = "; ".join(
         f"{name}: chains {chains}" if name else f"chains {chains}" for name, chains in lost.items()
     )
+    remedy = "a smaller step_size, a larger localization or a smaller nbeta keeps them"
+    what = "chains turned non-finite"
+    if _only_their_derivatives(alive, states):
+        what = "the derivatives of chains are not finite although the chains are"
+        remedy = (
+            "an observable, a probe or the loss has an infinite slope, as a square root at 0 has, "
+            "or is not finite; covariance() needs no slopes"
+        )
     if bool(alive.any(axis=1).all()):
         warnings.warn(
-            f"chains turned non-finite and are left out of every estimate ({where}); "
-            "a smaller step_size, a larger localization or a smaller nbeta keeps them",
+            f"{what}; they are left out of every estimate ({where}): {remedy}",
             DivergenceWarning,
             stacklevel=3,
         )
         return
+    if not what.startswith("chains"):
+        raise FloatingPointError(f"{what} ({where}): {remedy}")
     losses = losses_in_chunks(posterior.loss_fn, posterior.params, posterior.data, 64)
     bad = jnp.flatnonzero(~jnp.isfinite(losses).reshape(len(losses), -1).all(axis=1))
     reason = (
         f"the loss is not finite at w* for samples {[int(i) for i in bad[:5]]} of data"
         if len(bad)
-        else "take a smaller step_size, a larger localization or a smaller nbeta"
+        else remedy
     )
     raise DivergenceError(f"all chains turned non-finite ({where}): {reason}")
+
+
+def _only_their_derivatives(alive: np.ndarray, states: PyTree[Any]) -> bool:
+    """Whether the chains that are left out are finite themselves."""
+    leaves = [leaf for leaf in jax.tree.leaves(states) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    finite = [np.isfinite(np.asarray(leaf)[~alive]).all() for leaf in leaves]
+    return bool(finite) and all(finite)

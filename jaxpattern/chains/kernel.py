@@ -28,6 +28,16 @@ def position_of(state: PyTree[Array]) -> Position:
     return getattr(state, "position", state)
 
 
+def noise_scale(sampler: Sampler, state: PyTree[Array]) -> Position:
+    """σ, the standard deviation of a step's noise in each parameter; 1 where it is not known."""
+    position, scale = position_of(state), 1.0
+    if sampler.step_scale is not None:
+        scale = sampler.step_scale(state, sampler.settings)
+    if jax.tree.structure(scale) == jax.tree.structure(position):  # type: ignore[operator]
+        return jax.tree.map(lambda s, w: jnp.broadcast_to(s, w.shape), scale, position)
+    return jax.tree.map(lambda w: jnp.full_like(w, scale), position)
+
+
 def build_kernel(posterior: Target, sampler: Sampler, batch_size: int | None) -> Kernel:
     """The kernel of a sampler on a posterior, with mini-batches drawn inside its steps.
 

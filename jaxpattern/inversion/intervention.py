@@ -183,12 +183,12 @@ class Intervention:
         return share * spread
 
     def __str__(self) -> str:
-        return tables.text(_page, self)
+        return tables.text(describe, self)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return tables.html(_page, self)
+        return tables.html(describe, self)
 
 
 def compose_weights(base: PyTree, weights: PyTree) -> PyTree:
@@ -230,7 +230,7 @@ def compose_weights(base: PyTree, weights: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [x / mean for x in products])
 
 
-def _page(result: Intervention) -> tables.Page:
+def describe(result: Intervention) -> tables.Page:
     """The weights, and the shift of each row: wanted, predicted twice, with errors."""
     columns = result.columns
     title = (

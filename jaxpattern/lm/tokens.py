@@ -73,7 +73,7 @@ def extreme_tokens(
             bytes where `decode` is left out.
     """
     coordinates, tokens = check_aligned(coordinates, tokens)
-    decode = _check_decode(decode, tokens)
+    decode = check_decode(decode, tokens)
     check_count("num", num, minimum=1)
     check_count("context", context, minimum=0)
     for name, limit in (("per_token", per_token), ("per_sequence", per_sequence)):
@@ -152,7 +152,7 @@ def mean_by_token(
         TypeError, ValueError: as `extreme_tokens`.
     """
     coordinates, tokens = check_aligned(coordinates, tokens)
-    decode = _check_decode(decode, tokens)
+    decode = check_decode(decode, tokens)
     check_count("min_count", min_count, minimum=2)
     counted = _counted(coordinates, weights)
     values, token = np.float64(coordinates[counted]), tokens[:, 1:][counted]
@@ -205,7 +205,7 @@ def decode_each(
     tokens: Int[Array | np.ndarray, " length"], decode: Decode | None = None
 ) -> list[str]:
     """The text of each token by itself."""
-    decode = _check_decode(decode, np.asarray(tokens))
+    decode = check_decode(decode, np.asarray(tokens))
     return [decode([token]) for token in np.asarray(tokens).tolist()]
 
 
@@ -213,7 +213,7 @@ def _decode_bytes(tokens: Sequence[int]) -> str:
     return bytes(tokens).decode("utf-8", "replace")
 
 
-def _check_decode(decode: Any, tokens: np.ndarray) -> Decode:
+def check_decode(decode: Any, tokens: np.ndarray) -> Decode:
     if decode is not None:
         check_function("decode", decode, "a function of a list of tokens", num_arguments=1)
         return decode

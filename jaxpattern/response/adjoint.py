@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpattern import moments
 from jaxpattern.chains.divergence import all_finite
-from jaxpattern.chains.kernel import position_of, step_keys
+from jaxpattern.chains.kernel import noise_scale, position_of, step_keys
 from jaxpattern.chains.programs import Past
 from jaxpattern.chains.record import Glance
 from jaxpattern.moments import Moments
@@ -260,17 +260,15 @@ class Adjoint:
             lambda leaves: position_of(floats.rebuild(leaves)), floats.leaves
         )
         direct, push = jax.vmap(pull)(adjoint)
-        sampler = past.sampler
         bent = hessian_products(
             lambda w: posterior.loss_gradient(w, part),
             position,
             push,
             product=self.product,
-            scale=1.0
-            if sampler.step_scale is None
-            else sampler.step_scale(state, sampler.settings),
+            scale=noise_scale(past.sampler, state),
             width=self.width,
             key=jax.random.fold_in(noise_key, 2),
+            mirror=posterior.mirror,
         )
         (through,) = jax.vmap(pull_position)(bent)
         return jax.tree.map(jnp.add, direct, through), push
@@ -302,8 +300,7 @@ class Adjoint:
             fresh = posterior.minibatch(key, self.reference_batch)
             return self.problem.columns(posterior, position, posterior.loss(position, fresh))[1]
 
-        sampler = past.sampler
-        scale = 1.0 if sampler.step_scale is None else sampler.step_scale(state, sampler.settings)
+        scale = noise_scale(past.sampler, state)
         return derivatives_along(deviations, position, push, scale=scale)
 
 

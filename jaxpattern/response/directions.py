@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxpattern import tables
 from jaxpattern.response.result import Response
 from jaxpattern.validation import check_count, check_names, check_number, holds, is_concrete
 
@@ -79,6 +80,14 @@ class PrincipalDirections:
         """The old name of `center`."""
         warnings.warn("centre is now center", DeprecationWarning, stacklevel=2)
         return self.center
+
+    def __str__(self) -> str:
+        return tables.text(describe, self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return tables.html(describe, self)
 
     def target(self, direction: int, size: float = 1.0) -> dict[str, Float[Array, ""]]:
         """The shift of each row that weights 1 + size · c_k / √variance_k are predicted to make.
@@ -175,6 +184,30 @@ def principal_directions(
         nbeta=response.nbeta,
         rows=names,
     )
+
+
+def describe(result: PrincipalDirections) -> tables.Page:
+    """A line for each direction: what it explains, whether it repeats, its largest loadings."""
+    title = f"Principal directions of {len(result.rows)} rows"
+    tables.refuse_unreadable(title, result, result.nbeta)
+    numbers = (result.explained, result.variance, result.noise_variance, result.reliability,
+               result.half_cosine)  # fmt: skip
+    body = []
+    for k, loadings in enumerate(np.asarray(result.loadings)):
+        explained, variance, noise, reliability, halves = (float(np.asarray(x)[k]) for x in numbers)
+        first = np.argsort(-np.abs(loadings), kind="stable")[:3]
+        body.append([
+            str(k), tables.percent(explained), tables.percent(noise / variance),
+            f"{reliability:.2f}", f"{halves:.2f}",
+            ", ".join(f"{result.rows[i]} {loadings[i]:+.2f}" for i in first),
+        ])  # fmt: skip
+    header = ["", "explained", "of that, noise", "reliability", "halves", "largest loadings"]
+    note = (
+        "Explained: share of the variance of the standardized rows. Reliability and halves: "
+        "cosines between two halves of the draws, with the loadings held and with their own; near "
+        "0 is noise."
+    )
+    return tables.Page(title, (tables.Grid(header, body),), (note,))
 
 
 def _standardize(matrix: Array, mass: Array) -> tuple[Array, Array, Array]:

@@ -23,7 +23,13 @@ from jaxpattern.verdict import UnreliableError
 
 
 class GrowthWarning(UserWarning):
-    """The adjoint grew: the chain expands where it should contract."""
+    """The derivative of a chain grew: the chain expands where it should contract."""
+
+
+def grew(response: Response) -> bool:
+    """Whether any row's did; False inside a transformation."""
+    truncated = response.diagnostics.get("truncated")
+    return truncated is not None and is_concrete(truncated) and bool(np.any(truncated))
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,20 @@ class Fallback:
         wrong = np.asarray([bool(found) for found in doubts(response)])
         if grown.any():
             names = [row for row, bad in zip(problem.rows, grown, strict=True) if bad]
+            backwards = "remainder" in response.diagnostics
             consequence = (
-                "they are measured by covariance instead"
-                if self.on_growth == "covariance"
-                else "their sweeps are cut there and χ is incomplete; a larger localization, a "
-                "smaller nbeta, a larger width, or on_growth='covariance' avoids that"
+                "their sweeps are cut there and χ is incomplete"
+                if backwards
+                else "χ is mostly noise"
+            ) + (
+                "; a larger localization, a smaller nbeta, a larger width, or "
+                "on_growth='covariance' avoids that"
             )
+            if self.on_growth == "covariance":
+                consequence = "they are measured by covariance instead"
+            what = "adjoint" if backwards else "tangents"
             warnings.warn(
-                f"the adjoint grew past {self.growth_limit:g} in rows {names}: {consequence}",
+                f"the {what} grew past {self.growth_limit:g} in rows {names}: {consequence}",
                 GrowthWarning,
                 stacklevel=5,
             )

@@ -21,7 +21,7 @@ from jaxpattern.response.problem import Problem
 from jaxpattern.response.result import Response
 from jaxpattern.response.shares import column_mean
 from jaxpattern.validation import is_concrete
-from jaxpattern.verdict import trend
+from jaxpattern.verdict import PILOT, trend
 
 
 class Estimates(NamedTuple):
@@ -162,13 +162,14 @@ def part_of_chains(
     num_batches: int,
     antithetic: bool = False,
     pilot: Pilot | None = None,
+    states: Any = (),
 ) -> Part:
     """Estimates with the health of the chains they come from, whose φ − φ(w*) is the trace.
 
     Raises:
-        DivergenceError: a component lost all its chains.
+        DivergenceError, FloatingPointError: a component lost all its chains, or derivatives.
     """
-    check_alive(alive, group.names, run.posterior)
+    check_alive(alive, group.names, run.posterior, states)
     alive, trace, offsets = numbers_of((alive, trace, problem.offsets))
     rows = [
         _summarize_row(trace[c, :, :, k], alive[c], num_batches, antithetic)
@@ -180,7 +181,7 @@ def part_of_chains(
     summary = summary._replace(mean=summary.mean + xp.tile(offsets, trace.shape[0]))
     diverged = xp.repeat(~alive, problem.num_rows, axis=0)
     health = _health(trace, alive, num_batches, antithetic)
-    for name in ("stiffness", "spacing"):
+    for name in PILOT:
         known = np.full(trace.shape[0], np.nan) if pilot is None else getattr(pilot, name)
         health[name] = np.repeat(known, problem.num_rows).astype(trace.dtype)
     found = estimates.diagnostics | {name: on_device(x) for name, x in health.items()}

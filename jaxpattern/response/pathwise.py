@@ -73,6 +73,7 @@ one alone for γ ≥ 50 and 0.85 at γ = 10 (`benchmarks/pathwise.py`), so none 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeAlias
@@ -82,6 +83,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import Looked, Recorded, run_chains
 from jaxpattern.chains.pilot import Pilot, fly
@@ -89,7 +91,7 @@ from jaxpattern.chains.record import Nothing
 from jaxpattern.chains.run import Run
 from jaxpattern.losses import precision_of
 from jaxpattern.response.adjoint import Adjoint
-from jaxpattern.response.fallback import Fallback
+from jaxpattern.response.fallback import Fallback, grew
 from jaxpattern.response.measure import (
     Estimates,
     Part,
@@ -100,16 +102,17 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem, check_reweighted
-from jaxpattern.response.products import WORDS, Product
+from jaxpattern.response.products import BEND, Product, in_words, product_cost
 from jaxpattern.response.result import Response, group_mean
 from jaxpattern.response.schedule import mean_blocks
 from jaxpattern.response.sweeping import SLOTS, Sweep, plan_sweep
-from jaxpattern.response.tangent import Tangent, tangent_cost
+from jaxpattern.response.tangent import Tangent
 from jaxpattern.runtime.host import Host
 from jaxpattern.validation import check_count, check_number, renamed
 
 _HESSIAN_SHARE = 4
 _ROUNDING = 0.1
+_WIDEST = 8.0
 
 
 Pilots: TypeAlias = dict[tuple[int, ...], Pilot | None]
@@ -147,19 +150,41 @@ class Pathwise:
             if self.mode != "adjoint":
                 raise ValueError(f"reweight_observable needs mode='adjoint', got {self.mode!r}")
         pilots = {group.ids: fly(run, group) for group in problem.groups}
-        product = self.product_of(run, pilots)
-        tangent = Tangent(self.probe_batch, self.antithetic, product, self.width or 1.0)
+        forwards = self.product_of(run, pilots)
+        product = self.product_of(run, pilots, problem.num_rows)
+
+        def tangent(width: float) -> Response:
+            measure = Tangent(self.probe_batch, self.antithetic, forwards, width, self.growth_limit)
+            return measure(run, problem, host, pilots)
+
         if self.mode == "tangent":
-            return self._settled(tangent(run, problem, host, pilots), run, problem, host)
+            return self._settled(self._widened(tangent, forwards), run, problem, host)
         gradients = [p.gradient for p in pilots.values() if p is not None]
         gradient = float(np.max(np.concatenate(gradients))) if gradients else None
         sweep = self.sweep(run, problem, gradient)
-        cost = self.cost(sweep, problem)
+
+        def adjoint(width: float) -> Response:
+            return self._adjoint(sweep, problem, host, product, width, pilots)
+
+        measure, used = adjoint, product
         if self.mode == "auto":
-            if tangent_cost(run, problem, self.probe_batch) < cost:
-                return self._settled(tangent(run, problem, host, pilots), run, problem, host)
-            return group_mean(self._adjoint(sweep, problem, host, product, pilots))
-        return self._adjoint(sweep, problem, host, product, pilots)
+            forth = Tangent(self.probe_batch, self.antithetic, forwards, 1.0, self.growth_limit)
+            if forth.cost(run, problem) < self.cost(sweep, problem, product):
+                measure, used = tangent, forwards
+        response = self._settled(
+            self._widened(measure, used), sweep.run if measure is adjoint else run, problem, host
+        )
+        return group_mean(response) if self.mode == "auto" and measure is adjoint else response
+
+    def _widened(self, measure: Callable[[float], Response], product: Product) -> Response:
+        """χ by secants as wide as the noise of a step, and wider where it grew."""
+        width = self.width or 1.0
+        response = measure(width)
+        while self.width is None and product != "autodiff" and width < _WIDEST and grew(response):
+            width *= 2
+            wider = measure(width)
+            response = replace(wider, cost=wider.cost + response.cost)
+        return response
 
     @property
     def _settled(self) -> Fallback:
@@ -175,8 +200,10 @@ class Pathwise:
             gradient=gradient,
         )  # fmt: skip
 
-    def product_of(self, run: Run, pilots: Pilots) -> Product:
-        """Secants where the gradients are exact enough for them, autodiff's product elsewhere."""
+    def product_of(self, run: Run, pilots: Pilots, number: int | None = None) -> Product:
+        """Secants where the gradients are exact enough for them, autodiff's product elsewhere;
+        one-sided where gradients hardly bend, unless a `number` of products makes that no cheaper.
+        """
         if self.product != "auto":
             return self.product
         if run.sampler.step_scale is None:
@@ -188,19 +215,26 @@ class Pathwise:
             lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), posterior.data
         )
         finest = precision_of(posterior.loss_fn, posterior.params, one)
-        measured = [pilot.rounding for pilot in pilots.values() if pilot is not None]
+        flown = [pilot for pilot in pilots.values() if pilot is not None]
         exact = finest <= float(jnp.finfo(jnp.float32).eps)
-        if measured:
-            exact = exact and bool(np.max(np.concatenate(measured)) < _ROUNDING)
-        return "central" if exact else "autodiff"
+        if not exact or any(np.max(pilot.rounding) >= _ROUNDING for pilot in flown):
+            return "autodiff"
+        straight = flown and all(np.max(pilot.bend) < BEND for pilot in flown)
+        return "one-sided" if straight and number != 1 else "central"
 
     def _adjoint(
-        self, sweep: Sweep, problem: Problem, host: Host, product: Product, pilots: Pilots
+        self,
+        sweep: Sweep,
+        problem: Problem,
+        host: Host,
+        product: Product,
+        width: float,
+        pilots: Pilots,
     ) -> Response:
-        run, cost = sweep.run, self.cost(sweep, problem)
+        run, cost = sweep.run, self.cost(sweep, problem, product)
 
         def measure(group: ComponentGroup) -> Part:
-            look = self.look(sweep, problem.core.on(host.mesh), product)
+            look = self.look(sweep, problem.core.on(host.mesh), product, width)
             recorded = run_chains(
                 run, Nothing(), host, group, look=look,
                 segments=sweep.schedule, antithetic=self.antithetic,
@@ -209,11 +243,16 @@ class Pathwise:
             return self.part(run, problem, group, recorded, pilots[group.ids])
 
         every = "" if self.every is None else f", every {self.every}"
-        name = f"pathwise (adjoint, window {sweep.window}{every}, {WORDS[product]})"
-        response = by_component(run, problem, measure, name=name, cost=cost)
-        return self._settled(response, run, problem, host)
+        name = f"pathwise (adjoint, window {sweep.window}{every}, {in_words(product, width)})"
+        return by_component(run, problem, measure, name=name, cost=cost)
 
-    def look(self, sweep: Sweep, problem: Problem, product: Product = "central") -> Adjoint:
+    def look(
+        self,
+        sweep: Sweep,
+        problem: Problem,
+        product: Product = "central",
+        width: float | None = None,
+    ) -> Adjoint:
         """What sweeps back over the segments of a chain."""
         batch, plan = sweep.run.batch, sweep.run.plan
         part = self.hessian_batch or -(-batch // _HESSIAN_SHARE)
@@ -228,7 +267,7 @@ class Pathwise:
             hessian_batch=part if part < batch else None,
             reference_batch=plan.batch_size if fresh else None,
             product=product,
-            width=np.asarray(self.width or 1.0, problem.offsets.dtype),
+            width=np.asarray(width or self.width or 1.0, problem.offsets.dtype),
         )
 
     def part(
@@ -244,19 +283,20 @@ class Pathwise:
         return part_of_chains(
             run, problem, group, estimates, recorded.alive, recorded.looked.draws,
             num_batches=run.plan.batches, antithetic=self.antithetic, pilot=pilot,
+            states=position_of(recorded.state),
         )  # fmt: skip
 
-    def cost(self, sweep: Sweep, problem: Problem) -> float:
-        """Gradient equivalents: a Hessian product of K rows counts 1 + 2K, a forward pass with K
+    def cost(self, sweep: Sweep, problem: Problem, product: Product = "central") -> float:
+        """Gradient equivalents: K Hessian products as `product_cost` says, a forward pass with K
         tangents (1 + 2K)/3, the gradient of an observable 1.
         """
-        run, look = sweep.run, self.look(sweep, problem)
+        run, look = sweep.run, self.look(sweep, problem, product)
         tangents = 1 + 2 * problem.num_rows
         probes = problem.probe_samples + (look.reference_batch or problem.reference_samples)
         steps, asked = mean_blocks(sweep.schedule)
         one = (
             run.plan.num_steps * run.batch
-            + steps * (look.hessian_batch or run.batch) * tangents
+            + steps * (look.hessian_batch or run.batch) * product_cost(product, problem.num_rows)
             + asked * probes * tangents / 3
             + run.plan.num_draws * problem.observed_samples
         )
@@ -321,9 +361,12 @@ def pathwise(
             mode.
         product: how Hessian products are computed: `"central"` or `"one-sided"` differences of
             gradients at the scale of the chain's noise, which see kinks, or `"autodiff"`. By
-            default central where the gradients are exact enough for it (float32 at full matmul
-            precision, which is measured), autodiff's elsewhere; the result says which.
-        width: c, the distance of those gradients from each other in units of 2 √ε. By default 1.
+            default a difference where the gradients are exact enough for it (float32 at full matmul
+            precision, which is measured), one-sided where they hardly bend on that scale (measured
+            too) and that is cheaper, and autodiff's elsewhere; the result says which.
+        width: c, the distance of those gradients from each other in units of 2 √ε. By default 1,
+            and measured again with twice that, up to 8, where the derivative grew past the limit;
+            the result says which.
         on_unreliable: where `Response.verdict` finds that the covariance of the same draws
             contradicts a row, that the chain is shorter than its memory, or that its chains have
             not settled: `"warn"`; `"covariance"`, which measures such rows by `covariance()`

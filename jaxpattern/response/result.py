@@ -119,12 +119,12 @@ class Response:
         return export.to_xarray(self)
 
     def __str__(self) -> str:
-        return tables.text(_page, self)
+        return tables.text(describe, self)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return tables.html(_page, self)
+        return tables.html(describe, self)
 
 
 class Interval(NamedTuple):
@@ -169,7 +169,7 @@ def doubts(response: Any) -> list[list[str]]:
         here = verdict.unsettled(
             rhat=float(rhat[k]), ess=float(ess[k]),
             spread=float(of["spread"][k]), drift=float(of["drift"][k]),
-            size=float(of["drift_size"][k]),
+            size=float(of["drift_size"][k]), groups=float(of["groups"][k]),
         )  # fmt: skip
         if of["remainder"][k] > verdict.REMAINDER:
             here.append(
@@ -184,8 +184,7 @@ def doubts(response: Any) -> list[list[str]]:
                 "jumps, the chains hop over barriers, or small mini-batches heat them. Compare "
                 "with covariance(), and with a larger batch_size"
             )
-        here += verdict.stiff(float(of["stiffness"][k]))
-        here += verdict.coarse(float(of["spacing"][k]))
+        here += verdict.before({name: of[name][k] for name in verdict.PILOT})
         if of["residual"][k] > verdict.REMAINDER:
             here.append("nβ H + γ is not positive definite, or the solves did not converge")
         found.append(here)
@@ -193,8 +192,8 @@ def doubts(response: Any) -> list[list[str]]:
 
 
 _LOOKED_AT = (
-    "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups", "stiffness",
-    "spacing", "residual", "growth", "horizon", "skipped",
+    "spread", "drift", "drift_size", "remainder", "slope", "slope_error", "groups",
+    "residual", "growth", "horizon", "skipped", *verdict.PILOT,
 )  # fmt: skip
 
 
@@ -253,7 +252,7 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
     )
 
 
-def _page(response: Response) -> tables.Page:
+def describe(response: Response) -> tables.Page:
     """What a response says of itself: the effect of each probe set on each row, with errors."""
     columns = response.columns
     kind = "one per probe set" if columns.grouped else "one per loss"
@@ -264,40 +263,57 @@ def _page(response: Response) -> tables.Page:
     if response.estimator:
         title += f", by {response.estimator}"
     tables.refuse_unreadable(title, response, response.nbeta)
-    effect, error = _effects(response)
+    effect, error = effects(response)
     header = ["row", "⟨φ⟩", *columns.names, "R-hat", "ESS"]
     rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
     phi, phi_error = np.asarray(response.mean), np.asarray(response.mean_stderr)
     body = []
     for k, row in enumerate(response.rows):
         mean = tables.measured(float(phi[k]), float(phi_error[k]))
-        effects = [tables.measured(*pair) for pair in zip(effect[k], error[k], strict=True)]
+        cells = [tables.measured(*pair) for pair in zip(effect[k], error[k], strict=True)]
         health = [f"{rhat[k]:.3f}", f"{ess[k]:.0f}"]
-        body.append([row, mean, *effects, *health])
+        body.append([row, mean, *cells, *health])
     notes = [
         "Under a probe set: the change of ⟨φ⟩, in the units of φ, per unit of its weight ρ (1 → 2) "
         "to first order, nβ·q·χ ± one standard error. Negative: more weight lowers ⟨φ⟩.",
         f"nβ = {float(response.nbeta):g}; cost {response.cost:.3g} gradient equivalents.",
     ]
-    lost = int(jnp.sum(jnp.any(response.diverged, axis=-1)))
+    lost = int(np.asarray(response.diverged).any(axis=-1).sum())
     if lost:
         notes.append(f"Chains diverged in {lost} rows; they count in no number.")
     notes.append(f"Verdict: {response.verdict}.")
     return tables.Page(title, (tables.Grid(header, body),), tuple(notes))
 
 
-def _effects(response: Response) -> tuple[np.ndarray, np.ndarray]:
-    """nβ q χ of each row and probe set, `[K, G]`, and its error; NaN where that is not known."""
-    columns = response.columns
-    mass = columns.join(response.mass)
-    chi = columns.mean(columns.join(response.chi), mass)
-    share = jnp.stack([jnp.sum(response.mass[name]) for name in columns.names])
-    if columns.grouped:
-        error = columns.join(response.stderr)
-    elif set(response.batches) == set(columns.names):
-        grouped = group_mean(response)
-        error = grouped.columns.join(grouped.stderr)
-    else:
-        error = jnp.full(chi.shape, jnp.nan)
-    factor = float(response.nbeta) * np.asarray(share, np.float64)
-    return np.asarray(chi, np.float64) * factor, np.asarray(error, np.float64) * factor
+def effects(response: Response) -> tuple[np.ndarray, np.ndarray]:
+    """nβ q χ of each row and probe set, `[K, G]`, and its error; NaN where that is not known.
+
+    As `group_mean` has them, in float64 on the host: nothing is compiled to print a result.
+    """
+    columns, rows = response.columns, len(response.rows)
+    known = set(response.batches) == set(columns.names)
+    effect, error = [], []
+    for name in columns.names:
+        mass = np.asarray(response.mass[name], np.float64).ravel()
+        chi = np.asarray(response.chi[name], np.float64).reshape(rows, -1)
+        used = mass > 0
+        effect.append(chi[:, used] @ mass[used])
+        if columns.grouped:
+            sigma = np.asarray(response.stderr[name], np.float64)
+        elif known:
+            sigma = _spread(np.asarray(response.batches[name], np.float64))
+        else:
+            sigma = np.full(rows, np.nan)
+        error.append(sigma * mass.sum())
+    nbeta = float(response.nbeta)
+    return nbeta * np.stack(effect, axis=-1), nbeta * np.stack(error, axis=-1)
+
+
+def _spread(batches: np.ndarray) -> np.ndarray:
+    """Standard error of the mean of estimates `[G, K]`, those that are NaN left out."""
+    alive = ~np.isnan(batches)
+    number = alive.sum(axis=0)
+    with np.errstate(all="ignore"):
+        mean = np.where(alive, batches, 0).sum(axis=0) / number
+        squares = np.where(alive, (batches - mean) ** 2, 0).sum(axis=0)
+        return np.sqrt(squares / (number - 1) / number)

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jaxpattern import moments
-from jaxpattern.chains.kernel import position_of
+from jaxpattern.chains.kernel import noise_scale, position_of
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.loop import run_chains
 from jaxpattern.chains.pilot import Pilot
@@ -41,7 +42,7 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem
-from jaxpattern.response.products import WORDS, Product, hessian_products
+from jaxpattern.response.products import Product, hessian_products, in_words, product_cost
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import floats_of, given_step
 from jaxpattern.runtime.host import Host
@@ -51,12 +52,17 @@ from jaxpattern.types import Position, SamplingAlgorithm
 
 
 class TangentState(NamedTuple):
-    """A sampler's state, its position, and the tangents `[G, ...]` of its floating-point leaves."""
+    """A sampler's state, its position, and the tangents `[G, ...]` of its floating-point leaves.
+
+    `levels` are L_g − L at the step before, `reach` the sum of what was put into each tangent: as
+    far as a contracting chain could take it.
+    """
 
     position: Position
     state: PyTree[Array]
     tangents: list[Array]
     levels: Float[Array, "*lead groups"]
+    reach: Float[Array, "*lead groups"]
 
 
 @jax.tree_util.register_dataclass
@@ -80,15 +86,15 @@ class TangentAlgorithm:
                 jnp.zeros((len(groups), *leaf.shape), leaf.dtype)
                 for leaf in floats_of(state).leaves
             ]
-            levels = jnp.zeros(len(groups), self.problem.offsets.dtype)
-            return TangentState(position_of(state), state, tangents, levels)
+            zero = jnp.zeros(len(groups), self.problem.offsets.dtype)
+            return TangentState(position_of(state), state, tangents, zero, zero)
 
         def tilts(key: Key[Array, ""], position: Position) -> tuple[Array, Position]:
             """L_g − L of every group, and its gradient, `[G, ...]`."""
             keys = jax.random.split(posterior.own_key(key), len(groups) + 1)
-            level, reference = jax.value_and_grad(self._reference)(position, posterior, keys[0])
             measure = jax.value_and_grad(posterior.loss)
-            batches = [self._part(batch, key) for batch, key in zip(groups, keys[1:], strict=True)]
+            sets = [self.problem.reference, *groups]
+            batches = [self._part(batch, key) for batch, key in zip(sets, keys, strict=True)]
             shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
             if all(shape == shapes[0] for shape in shapes):
                 stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
@@ -96,14 +102,12 @@ class TangentAlgorithm:
             else:
                 each = [measure(position, batch) for batch in batches]
                 levels, gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-            return levels - level, jax.tree.map(
-                lambda g, base: g - base[None], gradients, reference
-            )
+            return jax.tree.map(lambda x: x[1:] - x[:1], (levels, gradients))
 
         def step(key: Key[Array, ""], state: TangentState, minibatch: Minibatch) -> TangentState:
             # The step keeps the key it would have had: the chain is the plain sampler's.
             tilt_key = jax.random.fold_in(key, 1)
-            position, inner, tangents, _ = state
+            position, inner, tangents, _, reach = state
             floats = floats_of(inner)
 
             def move(leaves: list[Array], gradient: Position) -> tuple[list[Array], Any]:
@@ -119,24 +123,24 @@ class TangentAlgorithm:
                 return posterior.loss_gradient(w, minibatch)
 
             # H δ_g + ∇(ℓ_g − L) of every group, through one step.
-            sampler = self.sampler
             bent = hessian_products(
                 gradient_at,
                 position,
                 jax.vmap(tangent_position)(tangents),
                 product=self.product,
-                scale=1.0
-                if sampler.step_scale is None
-                else sampler.step_scale(inner, sampler.settings),
+                scale=noise_scale(self.sampler, inner),
                 width=self.width,
                 key=jax.random.fold_in(key, 2),
+                mirror=posterior.mirror,
             )
             levels, tilt = tilts(tilt_key, position)
             pushed = jax.tree.map(jnp.add, bent, tilt)
             gradient = gradient_at(position)
             _, linear, inner = jax.linearize(move, floats.leaves, gradient, has_aux=True)
+            put_in = jax.vmap(partial(linear, jax.tree.map(jnp.zeros_like, floats.leaves)))(tilt)
             tangents = jax.vmap(linear)(tangents, pushed)
-            return TangentState(position_of(inner), inner, tangents, levels)
+            reach = reach + _sizes(inner, put_in)
+            return TangentState(position_of(inner), inner, tangents, levels, reach)
 
         return SamplingAlgorithm(init, step)
 
@@ -148,11 +152,11 @@ class TangentAlgorithm:
         index = jax.random.randint(key, (self.probe_batch,), 0, weights.shape[0])
         return jax.tree.map(lambda x: x[index], Minibatch(batch, weights))
 
-    def _reference(
-        self, position: Position, posterior: Posterior, key: Key[Array, ""]
-    ) -> Float[Array, ""]:
-        """L on fresh samples of the reference data."""
-        return posterior.loss(position, self._part(self.problem.reference, key))
+
+def _sizes(state: PyTree[Array], tangents: list[Array]) -> Float[Array, " groups"]:
+    """‖δ_g‖ of the position."""
+    rebuild = floats_of(state).rebuild
+    return jax.vmap(lambda leaves: optax.tree.norm(position_of(rebuild(leaves))))(tangents)
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +171,7 @@ class TangentRecorder:
         rows, groups = self.problem.num_rows, len(self.problem.probes)
         dtype = self.problem.offsets.dtype
         beside = moments.init(jnp.zeros(rows, dtype), jnp.zeros(groups, dtype))
-        return jnp.zeros((rows, groups), dtype), beside
+        return jnp.zeros((rows, groups), dtype), beside, jnp.zeros(groups, dtype)
 
     def value(
         self, posterior: Posterior, state: TangentState, key: Key[Array, ""], batch_size: int | None
@@ -182,13 +186,14 @@ class TangentRecorder:
         values, linear = jax.linearize(phi, floats.leaves)
         slopes = jax.vmap(linear)(state.tangents).T / posterior.nbeta
         # The levels of the step before the draw: what the covariance beside is made of.
-        return values, (slopes, values, state.levels)
+        growth = _sizes(state.state, state.tangents) / jnp.maximum(state.reach, 1e-30)
+        return values, (slopes, values, state.levels, growth)
 
     def update(self, accumulator: PyTree[Array], added: PyTree[Array]) -> PyTree[Array]:
         """One more draw."""
-        total, beside = accumulator
-        slopes, values, levels = added
-        return total + slopes, moments.update(beside, values, levels)
+        total, beside, most = accumulator
+        slopes, values, levels, growth = added
+        return total + slopes, moments.update(beside, values, levels), jnp.maximum(most, growth)
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,7 @@ class Tangent:
     antithetic: bool
     product: Product
     width: float
+    growth_limit: float
 
     def __call__(
         self, run: Run, problem: Problem, host: Host, pilots: Mapping[Any, Pilot | None]
@@ -217,30 +223,50 @@ class Tangent:
                 carried, TangentRecorder(spread), host, group, antithetic=self.antithetic,
                 label=f"tangent χ {group.label}".strip(),
             )  # fmt: skip
-            estimates = _finish(recorded.added, recorded.alive, names, self.antithetic)
+            estimates = _finish(
+                recorded.added,
+                recorded.alive,
+                names,
+                self.antithetic,
+                np.float32(self.growth_limit),
+            )
             return part_of_chains(
                 run, problem, group, estimates, recorded.alive, recorded.kept,
                 num_batches=run.plan.batches, antithetic=self.antithetic,
                 pilot=pilots[group.ids],
             )  # fmt: skip
 
-        cost = tangent_cost(run, problem, self.probe_batch)
         return by_component(
             run,
             problem,
             measure,
-            name=f"pathwise (tangent, {WORDS[self.product]})",
-            cost=cost,
+            name=f"pathwise (tangent, {in_words(self.product, self.width)})",
+            cost=self.cost(run, problem),
             grouped=True,
         )
+
+    def cost(self, run: Run, problem: Problem) -> float:
+        """Gradient equivalents; the products share the gradient of the step where they need it."""
+        number, plan = len(problem.probes), run.plan
+        sizes = [losses.shape[0] for losses in problem.probe_baseline.values()]
+        sizes.append(problem.reference_baseline.shape[0])
+        probes = sum(sizes) if self.probe_batch is None else self.probe_batch * len(sizes)
+        observed = problem.observed_samples * (1 + 2 * number) / 3
+        own = product_cost(self.product, number) + (self.product == "central")
+        steps = plan.num_steps * (run.batch * own + probes)
+        return plan.num_chains * problem.num_components * (steps + plan.num_draws * observed)
 
 
 @partial(jax.jit, static_argnames=("names", "antithetic"))
 def _finish(
-    added: Any, alive: Bool[Array, "components chains"], names: tuple[str, ...], antithetic: bool
+    added: Any,
+    alive: Bool[Array, "components chains"],
+    names: tuple[str, ...],
+    antithetic: bool,
+    growth_limit: Any,
 ) -> Estimates:
     def one(added: Any, alive: Array) -> Estimates:
-        total, beside = added
+        total, beside, growth = added
         sums = {name: total[..., g] for g, name in enumerate(names)}
         estimates = batch_estimates(sums, beside.weight, alive, antithetic)
         by_name = {name: beside.mean_b[..., g] for g, name in enumerate(names)}
@@ -252,17 +278,16 @@ def _finish(
             alive,
             antithetic,
         )
-        return estimates._replace(diagnostics={"slope": slope, "slope_error": error})
+        # Of every chain and group of draws, the most of any tangent; all rows share the tangents.
+        most = jnp.where(alive[:, None], jnp.max(growth, axis=-1), 0.0)
+        most = jnp.broadcast_to(most, (total.shape[-2], *most.shape))
+        return estimates._replace(
+            diagnostics={
+                "slope": slope,
+                "slope_error": error,
+                "growth": most,
+                "truncated": most > growth_limit,
+            }
+        )
 
     return over_components(one, added, alive)
-
-
-def tangent_cost(run: Run, problem: Problem, probe_batch: int | None) -> float:
-    """Gradient equivalents: G Hessian products that share a gradient count 1 + 2G."""
-    number, plan = len(problem.probes), run.plan
-    sizes = [losses.shape[0] for losses in problem.probe_baseline.values()]
-    sizes.append(problem.reference_baseline.shape[0])
-    probes = sum(sizes) if probe_batch is None else probe_batch * len(sizes)
-    observed = problem.observed_samples * (1 + 2 * number) / 3
-    steps = plan.num_steps * (run.batch * (1 + 2 * number) + probes)
-    return plan.num_chains * problem.num_components * (steps + plan.num_draws * observed)

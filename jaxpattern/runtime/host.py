@@ -76,7 +76,7 @@ class Host(NamedTuple):
             advance: `(state, a, b) -> state`, which carries out positions a to b − 1.
             final: what is needed of the last state, which is all that is kept of it.
             lanes: the leaves of the state have a leading axis, of which so many count.
-            cuts: positions that no chunk straddles.
+            cuts: positions that no chunk straddles; at the first of them another program begins.
             steps: position → units of the progress line; must not fall.
             unit: what those are called.
             longest: positions of a chunk at most; then no two chunks are in flight at once.
@@ -95,6 +95,8 @@ class Host(NamedTuple):
         stops = sorted({total, *(cut for cut in cuts if 0 < cut < total)})
         with _Line(label, unit, steps(total), steps(position), show) as line:
             while position < total:
+                if cuts and position == cuts[0]:
+                    line.compile()
                 stop = min(pace.reach(position, total, steps), *(s for s in stops if s > position))
                 if longest is not None:
                     stop = min(stop, position + longest)
@@ -139,7 +141,7 @@ class _Pace:
 
 
 class _Line:
-    """A line of progress, whose rate does not count the first chunk, in which XLA compiles."""
+    """A line of progress, whose rate leaves out the first chunk of a program, which compiles."""
 
     def __init__(self, label: str, unit: str, total: int, done: int, show: bool) -> None:
         self.shown = show and is_first_process()
@@ -157,6 +159,13 @@ class _Line:
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
 
+    def compile(self) -> None:
+        """The next chunk is the first of a program: how long it takes nobody knows."""
+        if self.shown and self._compiled:
+            self._compiled = False
+            self._bar.set_description_str(f"{self._label}: compiling", refresh=False)
+            self._count_from(self._bar.n)
+
     def advance(self, done: int, text: str) -> None:
         if not self.shown:
             return
@@ -167,6 +176,11 @@ class _Line:
             return
         self._compiled = True
         bar.set_description_str(self._label, refresh=False)
+        self._count_from(done)
+
+    def _count_from(self, done: int) -> None:
+        """The rate is that of what comes from now on."""
+        bar = self._bar
         bar.initial = bar.n = bar.last_print_n = done
         bar.start_t = bar.last_print_t = time.time()
         bar.refresh()
