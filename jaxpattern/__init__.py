@@ -49,6 +49,8 @@ from jaxpattern.response.directions import PrincipalDirections, principal_direct
 from jaxpattern.response.estimator import Estimator
 from jaxpattern.response.extrapolate import CoordinateRegression, regress_coordinates
 from jaxpattern.response.fallback import GrowthWarning
+from jaxpattern.response.influence import BIF, influence
+from jaxpattern.response.influence_result import Influence
 from jaxpattern.response.laplace import laplace
 from jaxpattern.response.pathwise import pathwise
 from jaxpattern.response.problem import Problem
@@ -72,13 +74,14 @@ from jaxpattern.runtime.host import Host
 from jaxpattern.runtime.mesh import is_first_process, mesh, shard_params
 from jaxpattern.runtime.processes import ProcessError, from_processes, start
 from jaxpattern.samplers import Sampler, make_sampler, mala, sgld, sgnht
-from jaxpattern.sampling import sample
+from jaxpattern.sampling import Draws, sample
 from jaxpattern.several import LLC, Chi, Measured, measure
 from jaxpattern.sweep import Sweep, sweep
 from jaxpattern.training import History, train
 from jaxpattern.verdict import UnreliableError, UnreliableWarning
 
 __all__ = [
+    "BIF",
     "LLC",
     "Checkpoint",
     "CheckpointError",
@@ -87,10 +90,12 @@ __all__ = [
     "CoordinateRegression",
     "DivergenceError",
     "DivergenceWarning",
+    "Draws",
     "Estimator",
     "GrowthWarning",
     "History",
     "Host",
+    "Influence",
     "Interrupted",
     "Intervention",
     "InversionMethod",
@@ -138,6 +143,7 @@ __all__ = [
     "group_mean",
     "in_context_score",
     "induction_loss",
+    "influence",
     "is_first_process",
     "laplace",
     "least_norm",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
 from jaxpattern.verdict import PILOT, before, say, trend, unsettled, warn
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class LocalLearningCoefficient(NamedTuple):
@@ -66,6 +69,12 @@ class LocalLearningCoefficient(NamedTuple):
             drift=float(drift), size=float(size), groups=float(self.groups) * len(living),
         )  # fmt: skip
         return say("LLC", [("", [*found, *before(self.pilot)])])
+
+    def to_arviz(self) -> xarray.DataTree:
+        """The trace as ArviZ takes it; see `export.to_arviz`."""
+        from jaxpattern import export
+
+        return export.to_arviz({"llc": self.trace})
 
     def __str__(self) -> str:
         return tables.text(tables.llc, self)

@@ -23,13 +23,14 @@ from jaxpattern._version import __version__
 from jaxpattern.inversion.intervention import Intervention
 from jaxpattern.llc import LocalLearningCoefficient
 from jaxpattern.response.columns import Columns
+from jaxpattern.response.influence_result import Influence
 from jaxpattern.response.result import Response
 from jaxpattern.runtime.fingerprint import digest
 from jaxpattern.validation import is_concrete
 
 _FORMAT = 1
 _HEADER = "header"
-_UNITS: dict[type, dict[str, str]] = {
+UNITS: dict[type, dict[str, str]] = {
     Response: {
         "chi": "observable × loss (nats), no factor nβ",
         "stderr": "observable × loss (nats)",
@@ -54,6 +55,18 @@ _UNITS: dict[type, dict[str, str]] = {
         "negative_share": "share of the data",
         "mass": "share of the data, sum 1",
     },
+    Influence: {
+        "influence": "loss² (nats²), no factor nβ; none, where it is a correlation",
+        "stderr": "as influence",
+        "query_mass": "share of the rows, sum 1",
+        "probe_mass": "share of the columns, sum 1",
+        "nbeta": "1 / loss (nats)",
+        "mean": "loss (nats)",
+        "mean_stderr": "loss (nats)",
+        "rhat": "none",
+        "ess": "draws",
+        "cost": "gradient equivalents",
+    },
     LocalLearningCoefficient: {
         "mean": "none",
         "stderr": "none",
@@ -70,7 +83,7 @@ class ResultFileError(ValueError):
 
 def save(
     path: str | os.PathLike[str],
-    result: Response | Intervention | LocalLearningCoefficient,
+    result: Response | Influence | Intervention | LocalLearningCoefficient,
     *,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
@@ -78,7 +91,7 @@ def save(
 
     Args:
         path: the file, replaced as a whole if it exists.
-        result: what `susceptibilities`, `solve_weights` or `llc` returned.
+        result: what `susceptibilities`, `influence`, `solve_weights` or `llc` returned.
         provenance: what else the file should say of its origin: a mapping that JSON can hold.
 
     Raises:
@@ -86,8 +99,8 @@ def save(
         OSError: the file cannot be written; one that was there is as it was.
     """
     kind = type(result)
-    if kind not in _UNITS:
-        wanted = ", ".join(sorted(k.__name__ for k in _UNITS))
+    if kind not in UNITS:
+        wanted = ", ".join(sorted(k.__name__ for k in UNITS))
         raise TypeError(f"result must be one of {wanted}, got {kind.__name__}")
     if not all(map(is_concrete, jax.tree.leaves(result))):
         raise TypeError("result cannot be saved under jit, vmap or grad, where it has no numbers")
@@ -97,12 +110,9 @@ def save(
         "format": _FORMAT,
         "kind": kind.__name__,
         "content": content,
-        "units": _UNITS[kind],
+        "units": UNITS[kind],
         "provenance": {
-            "jaxpattern": __version__,
-            "jax": jax.__version__,
-            "backend": jax.default_backend(),
-            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            **origin(),
             **(provenance or {}),
         },
     }
@@ -124,7 +134,19 @@ def save(
         part.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike[str]) -> Response | Intervention | LocalLearningCoefficient:
+def origin() -> dict[str, str]:
+    """Where and when numbers are written down: versions, backend, time."""
+    return {
+        "jaxpattern": __version__,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def load(
+    path: str | os.PathLike[str],
+) -> Response | Influence | Intervention | LocalLearningCoefficient:
     """The result in a file that `save` wrote.
 
     Raises:
@@ -132,7 +154,7 @@ def load(path: str | os.PathLike[str]) -> Response | Intervention | LocalLearnin
         OSError: it cannot be read.
     """
     header, arrays = _read(path)
-    kind = {k.__name__: k for k in _UNITS}[header["kind"]]
+    kind = {k.__name__: k for k in UNITS}[header["kind"]]
     values = {name: _decode(value, arrays) for name, value in header["content"].items()}
     missing = set(_names(kind)) - set(values)
     if set(values) - set(_names(kind)) or missing - _with_default(kind):
@@ -181,7 +203,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.nd
             f"{header.get('provenance', {}).get('jaxpattern', 'unknown')}; "
             f"this version reads {_FORMAT}"
         )
-    if kind not in {k.__name__ for k in _UNITS}:
+    if kind not in {k.__name__ for k in UNITS}:
         raise ResultFileError(f"{path} holds a {kind!r}, which this version does not know")
     if sealed.get("checksum") != _checksum(sealed["header"], arrays):
         raise ResultFileError(f"{path} is damaged: its checksum is wrong")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,79 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxpattern.chains.divergence import check_alive
+from jaxpattern import tables
+from jaxpattern.chains.divergence import check_alive, lost_chains
 from jaxpattern.chains.kernel import position_of
 from jaxpattern.chains.loop import run_chains
 from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.record import Trace
 from jaxpattern.chains.run import make_run
+from jaxpattern.diagnostics import summarize
 from jaxpattern.posterior import Posterior
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
 from jaxpattern.types import Params
 from jaxpattern.validation import as_pytree_function, check_function
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class Draws(dict[str, Any]):
+    """A dictionary of traces `[chain, draw, ...]`, as `observe` named them."""
+
+    def to_arviz(self) -> xarray.DataTree:
+        """The traces as ArviZ takes them; see `export.to_arviz`."""
+        from jaxpattern import export
+
+        return export.to_arviz(self)
+
+    def __str__(self) -> str:
+        return tables.text(_page, self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return tables.html(_page, self)
+
+
+def _page(draws: Draws) -> tables.Page:
+    """Each trace: its shape, and its mean with error, R-hat and ESS where it is one number."""
+    title = "Traces of chains"
+    leaves = jax.tree_util.tree_leaves_with_path(draws)
+    tables.refuse_unreadable(title, draws, 0)
+    alive = ~lost_chains(draws)
+    body = []
+    for path, leaf in leaves:
+        health = [""] * 3
+        if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            groups = Plan(len(alive), 0, leaf.shape[1]).batches
+            found = summarize(leaf, num_batches=groups, alive=alive)
+            mean = tables.measured(float(found.mean), float(found.stderr))
+            health = [mean, f"{float(found.rhat):.3f}", f"{float(found.ess):.0f}"]
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        body.append([name, " × ".join(map(str, leaf.shape[2:])) or "number", *health])
+    chains, draws_each = leaves[0][1].shape[:2]
+    title = f"{title}: {len(body)} of {chains} chains × {draws_each} draws"
+    notes = [f"{int((~alive).sum())} chains were lost and count nowhere."] * (not alive.all())
+    return tables.Page(
+        title, (tables.Grid(["trace", "shape", "mean", "R-hat", "ESS"], body),), tuple(notes)
+    )
+
+
+def _flatten(draws: Draws) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    names = tuple(sorted(draws))
+    return [(jax.tree_util.DictKey(name), draws[name]) for name in names], names
+
+
+jax.tree_util.register_pytree_with_keys(
+    Draws, _flatten, lambda names, leaves: Draws(zip(names, leaves, strict=True))
+)
+
+
+def as_draws(kept: PyTree[Array]) -> PyTree[Array]:
+    """A dictionary of traces as `Draws`; anything else as it is."""
+    return Draws(kept) if type(kept) is dict else kept
 
 
 @jax.tree_util.register_dataclass
@@ -98,8 +160,9 @@ def sample(
         mesh: where it runs, see `jaxpattern.mesh`; None: the current mesh, or one device.
 
     Returns:
-        The pytree of `observe`, its leaves with leading axes `[chain, draw]`. Draws of a chain
-        that diverged are NaN from there on, and a `DivergenceWarning` names it.
+        The pytree of `observe`, its leaves with leading axes `[chain, draw]`; a dictionary also
+        has `.to_arviz()`. Draws of a chain that diverged are NaN from there on, and a
+        `DivergenceWarning` names it.
 
     Raises:
         DivergenceError: all chains diverged.
@@ -120,4 +183,4 @@ def sample(
     ) as host:
         chains = run_chains(run, recorder, host)
     check_alive(chains.alive, ("",), posterior)
-    return jax.tree.map(lambda leaf: leaf[0], chains.kept)
+    return as_draws(jax.tree.map(lambda leaf: leaf[0], chains.kept))

@@ -1,4 +1,4 @@
-"""Several measurements of one run: LLC, χ and traces from the same chains."""
+"""Several measurements of one run: LLC, χ, influences and traces from the same chains."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from jaxpattern.llc import PairedExcessLoss, coefficient
 from jaxpattern.posterior import Posterior
 from jaxpattern.response.covariance import CoMoments, Covariance
 from jaxpattern.response.estimator import Estimator
+from jaxpattern.response.influence import BIF, Losses
 from jaxpattern.response.measure import by_component
 from jaxpattern.response.problem import Problem, named
 from jaxpattern.response.susceptibilities import choose_estimator, make_problem
 from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import Host, host_for
-from jaxpattern.sampling import observed
+from jaxpattern.sampling import as_draws, observed
 from jaxpattern.types import Batch
 
 
@@ -87,7 +88,8 @@ def measure(
 ) -> Measured:
     """Several measurements, which give what the separate calls give, bit for bit.
 
-    LLC, traces and covariances over all of the posterior's parameters share one set of chains.
+    LLC, traces, influences and covariances over all of the posterior's parameters share one set of
+    chains.
     A response of components, or a pathwise one, whose chains are antithetic pairs, has chains of
     its own (of the same key), here as in `susceptibilities`.
 
@@ -96,8 +98,8 @@ def measure(
         posterior: what to sample.
         sampler: `sgld(...)`, …
         plan: lengths and numbers.
-        measurements: name → `LLC()`, `Chi(...)`, or a function of the parameters whose values are
-            kept, as in `sample`.
+        measurements: name → `LLC()`, `Chi(...)`, `BIF(...)`, or a function of the parameters whose
+            values are kept, as in `sample`.
         start: `chains` of an earlier call with this key, to go on from where they are: with a
             burn-in of 0 they are one long run.
         progress, checkpoint, mesh: as in `sample`.
@@ -169,6 +171,8 @@ def _recorder(
     """What the shared chains keep for a measurement; None: it has chains of its own."""
     if isinstance(what, LLC):
         return PairedExcessLoss()
+    if isinstance(what, BIF):
+        return what.recorder(run)
     if problem is None:
         return observed(what, run.posterior)
     whole = len(problem.groups) == 1 and problem.groups[0].restrictions is None
@@ -190,11 +194,8 @@ def _together(
     parts = {name: recorder for name, recorder in recorders.items() if recorder is not None}
     if not parts:
         return {}, None
-    parts = {
-        name: CoMoments(part.problem.on(host.mesh)) if isinstance(part, CoMoments) else part
-        for name, part in parts.items()
-    }
-    chains = run_chains(run, Several(parts), host, initial=start, label="measuring")
+    carried = {name: _on(part, host.mesh) for name, part in parts.items()}
+    chains = run_chains(run, Several(carried), host, initial=start, label="measuring")
     check_alive(chains.alive, ("",), run.posterior)
     results: dict[str, Any] = {}
     for name, part in parts.items():
@@ -210,11 +211,20 @@ def _together(
     return results, states
 
 
+def _on(part: Any, mesh: Mesh | None) -> Any:
+    """A recorder with its batches on a mesh."""
+    if isinstance(part, CoMoments):
+        return CoMoments(part.problem.on(mesh))
+    return part.on(mesh) if isinstance(part, Losses) else part
+
+
 def _result(part: Any, run: Run, own: Recorded, problem: Problem | None, estimator: Any) -> Any:
     if isinstance(part, PairedExcessLoss):
         return coefficient(run, own, fly(run, ComponentGroup()))
+    if isinstance(part, Losses):
+        return part.result(run, own)
     if problem is None:
-        return _first(own.kept)
+        return as_draws(_first(own.kept))
 
     def measured(group: Any) -> Any:
         return estimator.part(run, problem, group, own, None, fly(run, group))

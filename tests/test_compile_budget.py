@@ -60,6 +60,13 @@ def chi(estimator, plan):
     )
 
 
+def influence(plan, correlation=False):
+    return jp.influence(
+        keys.pop(), posterior, sampler, plan, queries={"q": jnp.asarray(rows[:8])},
+        probes={"p": jnp.asarray(rows)}, correlation=correlation, progress=False,
+    )
+
+
 def sample(plan):
     observe = lambda params: params["a"]
     return jp.sample(keys.pop(), posterior, sampler, plan, observe, progress=False)
@@ -82,11 +89,13 @@ def train(plan, number):
 
 
 CHANGES = dict(num_burnin=4, num_batches=3, thin=3, num_draws=7)
-for estimator in estimators:
-    compiles(f"{estimator}: first", chi, estimator)
-    compiles(f"{estimator}: again", chi, estimator)
+drivers = {name: (chi, name) for name in estimators} | {"influence": (influence,)}
+for driver, call in drivers.items():
+    compiles(f"{driver}: first", *call)
+    compiles(f"{driver}: again", *call)
     for name, value in CHANGES.items():
-        compiles(f"{estimator}: {name}", chi, estimator, **{name: value})
+        compiles(f"{driver}: {name}", *call, **{name: value})
+compiles("influence: correlation", lambda plan: influence(plan, True))
 compiles("sample", sample)
 compiles("llc", llc)
 compiles("llc: num_burnin", llc, num_burnin=0)
@@ -95,7 +104,7 @@ for number in (0, 1):
 print(json.dumps(found))
 """
 
-ESTIMATORS = ["pathwise", "covariance"]
+DRIVERS = ["pathwise", "covariance", "influence"]
 WITH_THE_MODEL = {"start", "advance", "look_back", "_at_start"}
 
 
@@ -111,22 +120,26 @@ def compiled() -> dict[str, list[str]]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_first_response_compiles_at_most_eight(compiled, estimator):
-    found = compiled[f"{estimator}: first"]
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_first_response_compiles_at_most_eight(compiled, driver):
+    found = compiled[f"{driver}: first"]
     assert len(found) <= 8, found
     assert found.count("advance") == 1
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_same_call_compiles_nothing(compiled, estimator):
-    assert compiled[f"{estimator}: again"] == []
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_same_call_compiles_nothing(compiled, driver):
+    assert compiled[f"{driver}: again"] == []
 
 
 @pytest.mark.parametrize("change", ["num_burnin", "num_batches", "thin", "num_draws"])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_other_lengths_compile_no_model_again(compiled, estimator, change):
-    assert WITH_THE_MODEL.isdisjoint(compiled[f"{estimator}: {change}"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_other_lengths_compile_no_model_again(compiled, driver, change):
+    assert WITH_THE_MODEL.isdisjoint(compiled[f"{driver}: {change}"])
+
+
+def test_the_other_form_of_influence_compiles_no_chains(compiled):
+    assert compiled["influence: correlation"] == ["estimate"]
 
 
 def test_another_burn_in_compiles_nothing(compiled):

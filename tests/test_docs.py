@@ -65,7 +65,7 @@ def test_the_checkpoint_tutorial(tmp_path):
 
 @pytest.fixture
 def scope():
-    """What the blocks of `howto/extend.md` start from."""
+    """What the blocks of the pages start from."""
 
     def loss_fn(params, batch):
         return 0.5 * batch["h"] * (params["w"].sum() - batch["c"]) ** 2
@@ -95,9 +95,70 @@ def test_blocks_that_say_run(scope, monkeypatch):
     assert shift == pytest.approx(-1e-6, rel=1e-3)
 
 
+def test_the_page_of_influences(scope, capsys):
+    probes = scope["probes"]
+    blocks = RUN.findall((DOCS / "howto" / "influence.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 3
+    scope |= {
+        "sampler": jp.sgld(step_size=1e-3),
+        "held_out": probes["odd"],
+        "train": probes["even"],
+    }
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"influence.md, block {i}", "exec"), scope)
+    assert scope["found"]["sets"].influence["held out"]["train"].shape == ()
+    assert "more weight on train[" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::jaxpattern.WeightsWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_page_of_exports(scope, tmp_path):
+    """Blocks that need a package which is not installed are left out, and said."""
+    probes, sampler = scope["probes"], jp.sgld(step_size=1e-3)
+    response = jp.susceptibilities(
+        scope["key"], scope["posterior"], sampler, scope["plan"], probes=probes,
+        observables=scope["observables"], estimator=jp.covariance(), progress=False,
+    )  # fmt: skip
+    solution = jp.solve_weights(response, {"even": -1e-5}, method=jp.entropic())
+    scope |= {
+        "sampler": sampler, "response": response, "solution": solution, "folder": tmp_path,
+        "texts": list("abcdefgh"), "rows": jnp.array([1, 6]), "logits": jnp.ones((2, 3)),
+        "labels": jnp.array([0, 2]), "records": [{"x": i} for i in range(8)],
+        "sources": {name: grain_source([name] * 4) for name in probes},
+    }  # fmt: skip
+    blocks = RUN.findall((DOCS / "howto" / "export.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 8
+    left_out = []
+    for i, block in enumerate(blocks):
+        needed = [
+            name for name in re.findall(r"^import (\w+)", block, re.MULTILINE) if not has(name)
+        ]
+        if needed:
+            left_out += needed
+            continue
+        exec(compile(block, f"export.md, block {i}", "exec"), scope)
+    assert (tmp_path / "weights.npz").exists()
+    if "grain" not in left_out:
+        assert float(scope["weighted"][7]["weight"]) == float(scope["rho"][7])
+        drawn = [scope["mixed"][i] for i in range(8)]
+        assert set(drawn) == set(probes)
+    if "torch" not in left_out:
+        assert set(scope["sampler"]) <= set(range(8))
+    if left_out:
+        pytest.skip(f"the blocks of {left_out}, which are not installed")
+
+
+def has(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def grain_source(records):
+    return importlib.import_module("grain").MapDataset.source(records) if has("grain") else None
+
+
 def test_only_pages_that_are_tested_say_run():
     said = [page.name for page in PAGES if RUN.search(page.read_text(encoding="utf-8"))]
-    assert said == ["extend.md"]
+    assert said == ["export.md", "extend.md", "influence.md"]
 
 
 def test_every_name_on_the_pages_exists():

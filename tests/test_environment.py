@@ -27,7 +27,10 @@ CORE = [
     "inversion",
 ]
 NOT_IN_CORE = ["flax", "matplotlib", "orbax", "tqdm"]
-OPTIONAL = ["arviz_base", "devinterp", "matplotlib", "safetensors", "tokenizers", "torch", "xarray"]
+OPTIONAL = [
+    "arviz_base", "datasets", "devinterp", "grain", "matplotlib", "pandas", "safetensors",
+    "tokenizers", "torch", "xarray",
+]  # fmt: skip
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 

@@ -29,6 +29,12 @@ def all_finite(tree: PyTree[Any]) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
 
 
+def lost_chains(trace: PyTree[Any]) -> Bool[np.ndarray, " chains"]:
+    """Which chains of a trace `[chain, draw, ...]` are lost: their last draw is NaN everywhere."""
+    last = [np.asarray(leaf)[:, -1] for leaf in jax.tree.leaves(trace)]
+    return np.all([np.isnan(x.reshape(len(x), -1)).all(axis=1) for x in last], axis=0)
+
+
 def check_alive(
     alive: Bool[Array | np.ndarray, "components chains"],
     names: tuple[str, ...],

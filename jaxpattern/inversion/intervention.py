@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from jaxpattern import tables
 from jaxpattern.response.columns import Columns
 from jaxpattern.types import Batch
 from jaxpattern.validation import batch_length, check_names
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @jax.tree_util.register_dataclass
@@ -99,8 +103,32 @@ class Intervention:
             ValueError: the probe sets are others than those of the response, or of other sizes;
                 their losses differ in length; a grouped response does not know its losses' shapes.
         """
+        check_names("probes", probes, self.columns.names)
+        weights = self.by_probe(base)
+        for name, batch in probes.items():
+            size, wanted = batch_length(f"probes[{name!r}]", batch), len(weights[name])
+            if size != wanted:
+                raise ValueError(
+                    f"probes[{name!r}] must hold the {wanted} samples that χ was measured on, "
+                    f"got {size}"
+                )
+        shapes = {name: each.shape for name, each in weights.items()}
+        if len({shape[1:] for shape in shapes.values()}) > 1:
+            raise ValueError(f"losses of the probe sets must be of one length, got {shapes}")
+        return jnp.concatenate([weights[name] for name in probes], axis=0)
+
+    def by_probe(
+        self, base: Mapping[str, Array | np.ndarray] | None = None
+    ) -> dict[str, Float[Array, "samples *tokens"]]:
+        """The weights of `over`, probe set → `[B]` or `[B, T]`, which may differ in length.
+
+        Args:
+            base: as in `over`.
+
+        Raises:
+            ValueError: as `over`.
+        """
         columns = self.columns
-        check_names("probes", probes, columns.names)
         if np.ndim(self.reached):
             raise ValueError("the solution is a stack of several; take one of them first")
         if columns.loss_shapes is None:
@@ -108,20 +136,27 @@ class Intervention:
                 "the response was grouped without the shapes of its losses; make it with "
                 "group_mean, or give Response(loss_shapes=...)"
             )
-        shapes = dict(zip(columns.names, columns.loss_shapes, strict=True))
-        for name, batch in probes.items():
-            size = batch_length(f"probes[{name!r}]", batch)
-            if size != shapes[name][0]:
-                raise ValueError(
-                    f"probes[{name!r}] must hold the {shapes[name][0]} samples that χ was measured "
-                    f"on, got {size}"
-                )
-        if len({shape[1:] for shape in shapes.values()}) > 1:
-            raise ValueError(f"losses of the probe sets must be of one length, got {shapes}")
-        total = sum(math.prod(shape) for shape in shapes.values())
-        return jnp.concatenate(
-            [total * self._shares(name, shapes[name], base) for name in probes], axis=0
-        )
+        total = sum(map(math.prod, columns.loss_shapes))
+        shapes = zip(columns.names, columns.loss_shapes, strict=True)
+        return {name: total * self._shares(name, shape, base) for name, shape in shapes}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The weights as a table; see `export.to_dataframe`."""
+        from jaxpattern import export
+
+        return export.to_dataframe(self)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """The weights in a file, `.json` or `.npz`; see `export.write_weights`."""
+        from jaxpattern import export
+
+        export.write_weights(path, self)
+
+    def add_to(self, dataset: Any, column: str = "weight") -> Any:
+        """A Hugging Face dataset with the weights as a column; see `export.add_weights`."""
+        from jaxpattern import export
+
+        return export.add_weights(dataset, self, column)
 
     def _shares(
         self, name: str, shape: tuple[int, ...], base: Mapping[str, Array | np.ndarray] | None

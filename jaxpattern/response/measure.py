@@ -74,7 +74,7 @@ def by_component(
         batches=estimates.batches,
         mass=mass,
         base=problem.mass if grouped else {},
-        nbeta=_number(run.posterior.nbeta, run.posterior.weights.dtype),
+        nbeta=as_number(run.posterior.nbeta, run.posterior.weights.dtype),
         mean=summary.mean,
         mean_stderr=summary.stderr,
         rhat=summary.rhat,
@@ -102,7 +102,8 @@ def _num_counted(q: Array) -> int:
     return int(np.count_nonzero(np.asarray(q))) if is_concrete(q) else q.size
 
 
-def _number(x: Any, dtype: Any) -> Array:
+def as_number(x: Any, dtype: Any) -> Array:
+    """A scalar of this type; NumPy makes it where it can."""
     return jax.device_put(np.asarray(x, dtype)) if is_concrete(x) else jnp.asarray(x, dtype)
 
 

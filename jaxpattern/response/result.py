@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxpattern import tables, verdict
 from jaxpattern.response.columns import Columns
 from jaxpattern.validation import check_names, check_number, is_concrete
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @jax.tree_util.register_dataclass
@@ -93,11 +96,7 @@ class Response:
         Args:
             level: the share of intervals that are to hold χ.
         """
-        check_number("level", level, minimum=0.0, exclusive=True)
-        if not level < 1:
-            raise ValueError(f"level must be below 1, got {level:g}")
-        groups = np.asarray(self.diagnostics.get("groups", np.inf), np.float64)
-        factor = scipy.stats.t.ppf((1 + level) / 2, np.maximum(groups - 1, 1))
+        factor = t_factor(level, self.diagnostics.get("groups", np.inf))
 
         def width(x: Array) -> Array:
             rows = np.broadcast_to(factor, len(self.rows)).reshape(-1, *(1,) * (x.ndim - 1))
@@ -113,6 +112,12 @@ class Response:
         """Whether the rows can be trusted, in words."""
         return verdict.say("χ", list(zip(self.rows, doubts(self), strict=True)))
 
+    def to_xarray(self) -> xarray.Dataset:
+        """A Dataset over row, probe, sample and token; see `export.to_xarray`."""
+        from jaxpattern import export
+
+        return export.to_xarray(self)
+
     def __str__(self) -> str:
         return tables.text(describe, self)
 
@@ -125,12 +130,28 @@ class Response:
 class Interval(NamedTuple):
     """The ends of an interval around each χ; probe set → array like χ."""
 
-    low: dict[str, Array]
-    high: dict[str, Array]
+    low: dict[str, Any]
+    high: dict[str, Any]
 
 
-def doubts(response: Response) -> list[list[str]]:
-    """What speaks against each row; nothing is known of a response that is being traced."""
+def t_factor(level: float, groups: Any) -> np.ndarray:
+    """Standard errors to either side of an estimate from so many groups of draws.
+
+    Raises:
+        ValueError: the level is no share.
+    """
+    check_number("level", level, minimum=0.0, exclusive=True)
+    if not level < 1:
+        raise ValueError(f"level must be below 1, got {level:g}")
+    freedom = np.maximum(np.asarray(groups, np.float64) - 1, 1)
+    return np.asarray(scipy.stats.t.ppf((1 + level) / 2, freedom))
+
+
+def doubts(response: Any) -> list[list[str]]:
+    """What speaks against each row of a `Response`, or of what else has its rows and diagnostics.
+
+    Nothing is known of one that is being traced.
+    """
     if not is_concrete(response.mean) or np.ndim(response.nbeta):
         return [[] for _ in response.rows]
     known = {name: np.asarray(x, np.float64) for name, x in response.diagnostics.items()}
