@@ -178,7 +178,7 @@ class BIF:
             sides.append((tuple(sets), tuple(keys), level))
         problem = build_problem(
             run.posterior, None, batches, next(iter(batches.values())), None, run.plan.chunk,
-            weights or None,
+            probe_weights=weights or None,
         )  # fmt: skip
         both = [Side(*side, _columns(problem, *side)) for side in sides]
         return _losses(problem, both, self.correlation, run.plan)
