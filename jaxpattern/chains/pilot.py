@@ -122,7 +122,7 @@ def _fly_one(
     key: Key[Array, ""], posterior: Posterior, sampler: Any, batch_size: int | None, flat: bool
 ) -> tuple[Array, ...]:
     # Beyond the streams of components, which fold in small numbers.
-    keys = [jax.random.fold_in(key, _STREAM + i) for i in range(5)]
+    keys = [jax.random.fold_in(key, _STREAM + i) for i in range(3)]
     size = min(posterior.num_samples, max(batch_size or _MOST, _SAMPLES))
     everything = batch_size is None and size == posterior.num_samples
     minibatch = posterior.minibatch(keys[0], None if everything else size)
@@ -139,7 +139,7 @@ def _fly_one(
         which = jnp.searchsorted(jnp.asarray(ends), i, side="right")
         within = [i - start for start in (0, *ends[:-1])]
         numbers = jnp.stack([part.number(j) for part, j in zip(parts, within, strict=True)])
-        stream = jax.random.fold_in(jnp.stack(keys[2:])[which], numbers[which])
+        stream = jax.random.fold_in(jax.random.fold_in(keys[2], which), numbers[which])
         draws = space.draw(stream)
 
         def place(k: int, parts: tuple[Any, ...]) -> Any:
