@@ -19,6 +19,7 @@ from jaxpattern.inversion import (
     box,
     entropic,
     least_norm,
+    predict,
     ridge,
     solve_weights,
     truncated,
@@ -764,3 +765,52 @@ def test_other_methods_do_without_noise(x64, stderr):
     for method in (ridge(tau=0.1), truncated(rank=3), least_norm(), box(), entropic()):
         result = solve_weights(make_response(stderr=stderr), to_target(SHIFT), method=method)
         np.testing.assert_allclose(result.predicted_shift["row0"], SHIFT[0], rtol=0.01)
+
+
+# -- what a response predicts of any weights -----------------------------------------------------
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_predictions_of_solved_weights_are_the_solutions(grouped):
+    response = make_response(halves=True, dtype=jnp.float32)
+    response = group_mean(response) if grouped else response
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solution = solve_weights(response, {response.rows[0]: 0.01}, method=least_norm())
+    found = predict(response, solution.weights)
+    for row in response.rows:
+        np.testing.assert_allclose(
+            found[row].value, solution.predicted_shift[row], rtol=1e-4, atol=1e-7
+        )
+        np.testing.assert_allclose(
+            found[row].stderr, solution.predicted_stderr[row], rtol=1e-4, atol=1e-7
+        )
+
+
+def test_predictions_of_any_weights():
+    """dμ = nβ Σ_j χ_j q_j (ρ_j / Σ q ρ − 1) in float64, with a number for a whole probe set."""
+    response = make_response(dtype=jnp.float32)
+    weights = {"code": 3.0, "prose": np.linspace(0.1, 2.0, 9)}
+    flat = np.concatenate([np.full(15, 3.0), weights["prose"]])
+    mass, chi = (
+        np.concatenate([np.asarray(x[n], np.float64).reshape(*lead, -1) for n in SHAPES], -1)
+        for x, lead in ((response.mass, ()), (response.chi, (3,)))
+    )
+    wanted = NBETA * chi @ (mass * (flat / (mass @ flat) - 1))
+    found = predict(response, weights)
+    got = [float(found[row].value) for row in response.rows]
+    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+    # Twice the weights are the same weights.
+    doubled = predict(response, {name: 2 * np.asarray(x) for name, x in weights.items()})
+    np.testing.assert_allclose(
+        [float(doubled[row].value) for row in response.rows], got, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({"code": 1.0}, "must name exactly"), ({"code": np.ones(4), "prose": 1.0}, "have the shape")],
+)
+def test_predictions_of_weights_that_do_not_fit(weights, message):
+    with pytest.raises(ValueError, match=message):
+        predict(make_response(dtype=jnp.float32), weights)

@@ -13,11 +13,13 @@ from jaxpattern.inversion.methods import (
     ridge,
     truncated,
 )
+from jaxpattern.inversion.prediction import Shift, predict
 from jaxpattern.inversion.solve import UnreachableTargetWarning, WeightsWarning, solve_weights
 
 __all__ = [
     "Intervention",
     "InversionMethod",
+    "Shift",
     "Solution",
     "UnreachableTargetWarning",
     "WeightsWarning",
@@ -25,6 +27,7 @@ __all__ = [
     "compose_weights",
     "entropic",
     "least_norm",
+    "predict",
     "ridge",
     "solve_weights",
     "truncated",

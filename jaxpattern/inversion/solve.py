@@ -13,6 +13,14 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from jaxpattern.inversion.checks import Untargeted, check_problem
+from jaxpattern.inversion.flat import (
+    Measured,
+    Rows,
+    flatten,
+    measured_of,
+    normalized,
+    product,
+)
 from jaxpattern.inversion.intervention import Intervention
 from jaxpattern.inversion.methods import InversionMethod, Solution, entropic, ridge
 from jaxpattern.inversion.spectral import energies
@@ -20,7 +28,6 @@ from jaxpattern.response.columns import Columns
 from jaxpattern.response.result import Response
 from jaxpattern.validation import is_concrete
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 _TOLERANCE = 0.01
 # On Gaussian models solved again exactly, the predicted shift of weights this far from 1 is off by
 # 13 % in the median and 66 % in one of ten; at 0.1 by 2 % and 13 %, at 1 by 25 % and 116 %.
@@ -97,16 +104,7 @@ def solve_weights(
     rows = response.rows
     constrained = tuple(k for k, row in enumerate(rows) if untargeted == "hold" or row in target)
     dtype = jnp.promote_types(jnp.result_type(*response.chi.values()), jnp.float32)
-    measured = _Measured(
-        chi=response.chi,
-        stderr=response.stderr,
-        halves=response.halves if _two_halves(response) else None,
-        batches=response.batches
-        if columns.grouped and set(response.batches) == set(columns.names)
-        else None,
-        mass=response.mass,
-        nbeta=jnp.asarray(response.nbeta, dtype),
-    )
+    measured = measured_of(response)
     wanted = jnp.stack([jnp.asarray(target.get(rows[k], 0.0), dtype) for k in constrained])
     wish = _Wish(wanted, jnp.asarray(scale, dtype))
     result = _solve(_as_pytree(method), measured, wish, columns=columns, constrained=constrained)
@@ -115,17 +113,6 @@ def solve_weights(
     if all(map(is_concrete, jax.tree.leaves(values))):
         _warn(intervention, result, response, target, len(constrained))
     return intervention
-
-
-class _Measured(NamedTuple):
-    """What is known of χ, by probe set as in `Response`."""
-
-    chi: dict[str, Array]
-    stderr: dict[str, Array]
-    halves: dict[str, Array] | None
-    batches: dict[str, Array] | None
-    mass: dict[str, Array]
-    nbeta: Array
 
 
 class _Wish(NamedTuple):
@@ -158,64 +145,17 @@ class _Result(NamedTuple):
     converged: Array
 
 
-class _Rows(NamedTuple):
-    """χ flat and projected: A = nβ (χ − Σ_j q_j χ_j), with the halves and batches of the draws."""
-
-    matrix: Array
-    halves: Array | None
-    batches: Array | None
-    mass: Array
-    noise: Array
-
-    def predict(self, change: Array) -> Array:
-        """dμ = Σ_j q_j A_j s_j of every row."""
-        return _product(self.matrix, self.mass * change)
-
-    def stderr(self, change: Array) -> Array:
-        """Its standard error at fixed weights, from the batches, or from the two halves."""
-        if self.batches is not None:
-            return _mean_stderr(_product(self.batches, self.mass * change).T)
-        if self.halves is None:
-            return jnp.full(self.matrix.shape[0], jnp.nan, self.matrix.dtype)
-        first, second = _product(self.halves, self.mass * change)
-        return jnp.abs(first - second) / 2
-
-
-def _flatten(measured: _Measured, columns: Columns) -> _Rows:
-    nbeta = measured.nbeta
-    mass = columns.join(measured.mass).astype(nbeta.dtype)
-    mass = mass / jnp.sum(mass)
-
-    def project(values: dict[str, Array] | None) -> Array | None:
-        """nβ χ less its mean Σ_j q_j χ_j; 0 in columns that do not count."""
-        if values is None:
-            return None
-        flat = columns.join(values).astype(nbeta.dtype)
-        used = jnp.broadcast_to(mass > 0, flat.shape)
-        flat = jnp.where(used, flat, 0.0)
-        # Twice, as the mean of a row far from zero rounds.
-        for _ in range(2):
-            flat = flat - _product(flat, mass)[..., None]
-        return nbeta * jnp.where(used, flat, 0.0)
-
-    matrix = project(measured.chi)
-    assert matrix is not None
-    errors = jnp.where(mass[None] > 0, nbeta * columns.join(measured.stderr), 0.0)
-    noise = _product(errors.astype(nbeta.dtype) ** 2, mass)
-    return _Rows(matrix, project(measured.halves), project(measured.batches), mass, noise)
-
-
 @partial(jax.jit, static_argnames=("columns", "constrained"))
 def _solve(
     method: Any,
-    measured: _Measured,
+    measured: Measured,
     wish: _Wish,
     *,
     columns: Columns,
     constrained: tuple[int, ...],
 ) -> _Result:
     """Everything about the solution, as arrays over rows and columns."""
-    rows = _flatten(measured, columns)
+    rows = flatten(measured, columns)
     mass = rows.mass
     index = jnp.asarray(constrained)
     everything = constrained == tuple(range(len(rows.matrix)))
@@ -225,7 +165,7 @@ def _solve(
     # ρ = 1 + scale · s, divided by its mean.
     solution = method(matrix, mass, wish.shift, noise)
     raw = wish.scale * solution.change
-    change, mean = _normalized(raw, mass)
+    change, mean = normalized(raw, mass)
     # Not 1 + (ρ − 1), which rounds a positive weight below zero.
     weights = jnp.where(mass > 0, (1 + raw) / mean, 0.0)
 
@@ -279,7 +219,7 @@ class _CrossFit(NamedTuple):
     cosine: Array
 
 
-def _cross_fit(method: Any, rows: _Rows, wish: _Wish, index: Array) -> _CrossFit:
+def _cross_fit(method: Any, rows: Rows, wish: _Wish, index: Array) -> _CrossFit:
     """s_h from half h, dμ̂ = ½ Σ_h Σ_j q_j A_(1−h)j s_hj. No derivative.
 
     The ridge is that of all draws: a half holds more noise, which shrinks its weights by itself.
@@ -293,33 +233,17 @@ def _cross_fit(method: Any, rows: _Rows, wish: _Wish, index: Array) -> _CrossFit
 
     def change(half: Array) -> Array:
         solution: Solution = method(half[index], mass, wish.shift, rows.noise[index])
-        return _normalized(wish.scale * solution.change, mass)[0]
+        return normalized(wish.scale * solution.change, mass)[0]
 
     # One half after the other: the memory of one problem.
     first, second = jax.lax.map(change, halves)
-    one, other = _product(halves[1], mass * first), _product(halves[0], mass * second)
+    one, other = product(halves[1], mass * first), product(halves[0], mass * second)
     # The two ways share draws, so that their difference alone would understate the error.
     stderr = jnp.sqrt(((one - other) / 2) ** 2 + rows.stderr((first + second) / 2) ** 2)
     overlap = jnp.sum(mass * first * second)
     norms = jnp.sqrt(jnp.sum(mass * first**2) * jnp.sum(mass * second**2))
     cosine = jnp.where(norms > 0, overlap / jnp.where(norms > 0, norms, 1.0), jnp.nan)
     return _CrossFit((one + other) / 2, stderr, cosine)
-
-
-def _product(values: Array, vector: Array) -> Array:
-    """Σ_j values_…j vector_j."""
-    return jnp.matmul(values, vector, precision=_HIGHEST)
-
-
-def _normalized(change: Array, mass: Array) -> tuple[Array, Array]:
-    """s of (1 + s) / Σ_j q_j (1 + s_j), the same weights for a self-normalized loss, and that mean.
-
-    Methods whose weights have mean 1 are changed by rounding only. Weights whose mean is not
-    positive cannot be trained on: NaN.
-    """
-    excess = jnp.sum(mass * change)
-    mean = jnp.where(1 + excess > 0, 1 + excess, jnp.nan)
-    return (change - excess) / mean, mean
 
 
 def _importance(matrix: Array, mass: Array) -> Array:
@@ -330,26 +254,9 @@ def _importance(matrix: Array, mass: Array) -> Array:
     return 1 / jnp.where(energy > 0, energy, floor)
 
 
-def _mean_stderr(batches: Array) -> Array:
-    """Standard error of the mean over the last axis, NaN left out; derivative 0 at no spread."""
-    valid = ~jnp.isnan(batches)
-    count = jnp.sum(valid, axis=-1, dtype=batches.dtype)
-    mean = jnp.sum(jnp.where(valid, batches, 0.0), axis=-1) / jnp.maximum(count, 1)
-    squares = jnp.sum(jnp.where(valid, batches - mean[:, None], 0.0) ** 2, axis=-1)
-    error = squares / jnp.maximum(count * (count - 1), 1)
-    root = jnp.where(error > 0, jnp.sqrt(jnp.where(error > 0, error, 1.0)), 0.0)
-    return jnp.where(count > 1, root, jnp.nan)
-
-
 def _as_pytree(method: Any) -> Any:
     """The method as `jit` takes it: settings as leaves where it is a pytree, else static."""
     return Partial(method) if jax.tree_util.all_leaves([method]) else method
-
-
-def _two_halves(response: Response) -> bool:
-    """Whether χ of two halves of the draws is there for every probe set."""
-    halves = response.halves
-    return all(name in halves and len(halves[name]) == 2 for name in response.chi)
 
 
 def _name(
