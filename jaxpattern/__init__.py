@@ -11,6 +11,7 @@ from jaxpattern.diagnostics import Summary, summarize
 from jaxpattern.inversion import (
     Intervention,
     InversionMethod,
+    Shift,
     Solution,
     UnreachableTargetWarning,
     WeightsWarning,
@@ -18,6 +19,7 @@ from jaxpattern.inversion import (
     compose_weights,
     entropic,
     least_norm,
+    predict,
     ridge,
     solve_weights,
     truncated,

@@ -88,8 +88,12 @@ def test_your_own_folder(run, tmp_path, capfd):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(document)
     options = ["--text", str(tmp_path / "text"), "--lower", names[1], "--hold", names[0]]
-    options += ["--by", "1e-5", "--seed", "1", "--out", str(tmp_path / "out")]
+    options += ["--by", "1e-5", "--seed", "1", "--out", str(tmp_path / "out"), "--training"]
     result = quickstart.main(["--quick", *options])
+    assert set(result["predicted_by_training"]) == set(names)
+    for name, shift in result["predicted_by_training"].items():
+        assert math.isfinite(shift["value"]), name
+        assert shift["stderr"] > 0
     assert list(result["weights"]) == names
     assert result["target"] == {names[1]: -1e-5, names[0]: 0.0}
     assert f"lowers {names[1]!r} by 1e-05 nats and holds {names[0]!r}" in capfd.readouterr().out
