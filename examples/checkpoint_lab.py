@@ -29,22 +29,22 @@ class Settings(NamedTuple):
 
     length: int = 33  # tokens of a window; all but the first are predicted
     max_bytes: int = 400_000
-    data: int = 8
-    probes: int = 4
-    train: int = 64
-    held_out: int = 16
+    data: int = 6
+    probes: int = 3
+    train: int = 32
+    held_out: int = 8
     chunk: int = 16
-    nbeta: float = 300.0
+    nbeta: float = 400.0
     localization: float = 1e4
-    step_size: float = 2e-5
+    step_size: float = 4e-5
     plan: jp.Plan = jp.Plan(
-        num_chains=2, num_burnin=30, num_draws=12, thin=6, batch_size=4, num_batches=4
+        num_chains=2, num_burnin=20, num_draws=12, thin=4, batch_size=2, num_batches=4
     )
-    window: int = 48
-    every: int = 6
+    window: int = 16
+    every: int = 8
     settle_rate: float = 3e-5
     share: float = 0.7  # effective sample size of the weights of the sources
-    steps: int = 60
+    steps: int = 40
     batch: int = 8
 
 
