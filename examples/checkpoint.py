@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,17 @@ def print_llc(lab: Lab, parts: dict[str, jp.Restriction], response: jp.Response)
 
 def print_tokens(lab: Lab, response: jp.Response, decode: Any) -> None:
     """The source that each part answers to most, and the tokens at both ends."""
-    grouped = jp.group_mean(response)
+    batches = np.stack([np.asarray(response.batches[source]) for source in response.chi])
+    batches = batches - batches.mean(axis=0)  # only ratios of weights matter
+    number = np.sum(~np.isnan(batches), axis=1)
+    ratio = np.nanmean(batches, axis=1) / np.nanstd(batches, axis=1, ddof=1) * np.sqrt(number)
     tokens = np.concatenate([lab.windows["probes"][source] for source in response.chi])
     for k, row in enumerate(response.rows):
-        ratio = {n: float(grouped.chi[n][k] / grouped.stderr[n][k]) for n in grouped.chi}
-        most = max(ratio, key=lambda n: abs(ratio[n]))
-        print(f"   {row} answers most to {most} ({ratio[most]:+.1f} standard errors)")
+        most = int(np.argmax(np.abs(ratio[:, k])))
+        print(
+            f"   {row} answers most to {list(response.chi)[most]}, {ratio[most, k]:+.1f} standard errors "
+            "from the mean of the sources"
+        )
         chi = np.concatenate([np.asarray(x[k]) for x in response.chi.values()])
         for largest in (True, False):
             found = jp.extreme_tokens(
@@ -177,19 +183,18 @@ def solve(lab: Lab, steer: str, hold: str) -> jp.Intervention:
     posterior = jp.restrict(lab.posterior, jp.component(lab.tail, f"l{lab.tail.first_layer}"))
     response = jp.group_mean(lab.measure("steer", posterior, observables=lab.observables))
     print(f"{response}\n")
-    sizes = iter(np.geomspace(1e-5, 1.0, 101))
-    solution = solve_for(response, steer, hold, next(sizes))
-    for size in sizes:
-        tried = solve_for(response, steer, hold, size)
-        if not float(tried.effective_sample_size) > lab.settings.share * response.num_samples:
-            break
-        solution = tried
+
+    def weights(size: float) -> jp.Intervention:
+        return jp.solve_weights(response, {steer: -size, hold: 0.0}, method=jp.entropic())
+
+    least, sizes = lab.settings.share * response.num_samples, np.geomspace(1e-5, 1.0, 101)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that are only tried
+        enough = (size for size in sizes if float(weights(size).effective_sample_size) < least)
+        size = next(enough, sizes[-1])
+    solution = weights(size)
     print(solution)
     return solution
-
-
-def solve_for(response: jp.Response, steer: str, hold: str, size: float) -> jp.Intervention:
-    return jp.solve_weights(response, {steer: -size, hold: 0.0}, method=jp.entropic())
 
 
 def compare(lab: Lab, solution: jp.Intervention, seeds: int) -> dict[str, Any]:

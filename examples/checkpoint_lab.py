@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import gguf
+import gguf_file
 import jaxpattern as jp
 from jaxpattern.data import subwords, text
 from stages import Stages
@@ -72,7 +72,7 @@ def find_model(name: str, out: Path) -> Path:
         return path
     folder = out / "model"
     if not (folder / "config.json").exists():
-        gguf.to_folder(path, folder)
+        gguf_file.to_folder(path, folder)
     return folder
 
 

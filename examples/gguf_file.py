@@ -4,7 +4,7 @@ Blocks of F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are dequantized to float32, and th
 and keys, which llama.cpp interleaves, go back to where Hugging Face has them. The byte-level BPE
 inside becomes a `tokenizer.json`.
 
-    python examples/gguf.py MODEL.gguf FOLDER
+    python examples/gguf_file.py MODEL.gguf FOLDER
 """
 
 from __future__ import annotations

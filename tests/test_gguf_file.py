@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-import gguf
+import gguf_file
 import jaxpattern as jp
 
 pytest.importorskip("tokenizers")
@@ -97,7 +97,7 @@ def written(tmp_path_factory):
 
 def test_blocks_are_what_they_stand_for(written):
     path, wanted = written
-    read = gguf.read(path).tensors
+    read = gguf_file.read(path).tensors
     assert set(read) == set(wanted)
     for name, tensor in wanted.items():
         assert read[name].dtype == np.float32
@@ -108,7 +108,7 @@ def test_blocks_are_what_they_stand_for(written):
 def test_a_folder_loads_with_its_rotary_rows_straight(written, tmp_path):
     """Interleaved pairs 2j, 2j + 1 of a head lie at j and j + K/2 where Hugging Face has them."""
     path, wanted = written
-    gguf.to_folder(path, tmp_path)
+    gguf_file.to_folder(path, tmp_path)
     model = jp.lm.load(tmp_path)
     assert model.spec.tied
     assert (model.spec.num_heads, model.spec.num_kv_heads) == (HEADS, GROUPS)
@@ -132,7 +132,7 @@ def test_a_folder_loads_with_its_rotary_rows_straight(written, tmp_path):
 def test_the_vocabulary_is_a_tokenizer(written, tmp_path):
     from tokenizers import Tokenizer
 
-    gguf.to_folder(written[0], tmp_path)
+    gguf_file.to_folder(written[0], tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     encoded = tokenizer.encode("a the 12<|end|>")
     assert encoded.tokens == ["a", "Ġthe", "Ġ", "1", "2", "<|end|>"]
@@ -143,6 +143,6 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "no.gguf"
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="no GGUF file"):
-        gguf.read(path)
+        gguf_file.read(path)
     with pytest.raises(ValueError, match="type 14"):
-        gguf.dequantize(np.zeros(64, np.uint8), [32], 14, 0)
+        gguf_file.dequantize(np.zeros(64, np.uint8), [32], 14, 0)
