@@ -146,16 +146,19 @@ def print_llc(lab: Lab, parts: dict[str, jp.Restriction], response: jp.Response)
 
 def print_tokens(lab: Lab, response: jp.Response, decode: Any) -> None:
     """The source that each part answers to most, and the tokens at both ends."""
-    batches = np.stack([np.asarray(response.batches[source]) for source in response.chi])
-    batches = batches - batches.mean(axis=0)  # only ratios of weights matter
-    number = np.sum(~np.isnan(batches), axis=1)
-    ratio = np.nanmean(batches, axis=1) / np.nanstd(batches, axis=1, ddof=1) * np.sqrt(number)
-    tokens = np.concatenate([lab.windows["probes"][source] for source in response.chi])
+    sources = list(response.chi)
+    batches = np.stack([np.asarray(response.batches[source]) for source in sources])
+    # Only ratios of weights matter: a source counts as far as it differs from the mean.
+    share = np.array([float(jnp.sum(response.mass[source])) for source in sources])
+    batches = (batches - batches.mean(axis=0)) * (1e3 * lab.settings.nbeta * share[:, None, None])
+    effect = np.nanmean(batches, axis=1)
+    error = np.nanstd(batches, axis=1, ddof=1) / np.sqrt(np.sum(~np.isnan(batches), axis=1))
+    tokens = np.concatenate([lab.windows["probes"][source] for source in sources])
     for k, row in enumerate(response.rows):
-        most = int(np.argmax(np.abs(ratio[:, k])))
+        most = int(np.argmax(np.abs(effect[:, k])))
         print(
-            f"   {row} answers most to {list(response.chi)[most]}, {ratio[most, k]:+.1f} standard errors "
-            "from the mean of the sources"
+            f"   {row} answers most to {sources[most]}: {effect[most, k]:+.2f} ± "
+            f"{error[most, k]:.2f} · 10⁻³ nats from the mean of the sources"
         )
         chi = np.concatenate([np.asarray(x[k]) for x in response.chi.values()])
         for largest in (True, False):
