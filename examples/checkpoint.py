@@ -41,6 +41,8 @@ import jaxpattern as jp
 from checkpoint_lab import SCALES, Lab, find_model, last_parts, read_text, tail_of
 from stages import Stages
 
+PROBE_BATCH = 4  # windows of each source at a step, for the response that is inverted
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the stages; returns the response, and with `--steer` what was predicted and realised."""
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     store.title("c. parts: LLC, response, tokens")
     parts = jp.components(lab.tail, names)
-    response = lab.measure("parts", lab.posterior, components=parts)
+    sweep = jp.pathwise(window=settings.window, every=settings.every)
+    response = lab.measure("parts", lab.posterior, "probes", sweep, components=parts)
     print_llc(lab, parts, response)
     print(f"\n{jp.group_mean(response)}\n")
     print_tokens(lab, response, tokenizer.decode)
@@ -183,8 +186,12 @@ def solve(lab: Lab, steer: str, hold: str) -> jp.Intervention:
     """Weights of the sources, changed as far as the wanted sample size allows."""
     if unknown := {steer, hold} - set(lab.sources):
         raise SystemExit(f"no sources are called {sorted(unknown)}; there are {lab.sources}")
-    posterior = jp.restrict(lab.posterior, jp.component(lab.tail, f"l{lab.tail.first_layer}"))
-    response = jp.group_mean(lab.measure("steer", posterior, observables=lab.observables))
+    layer = lab.tail.first_layer
+    part = jp.component(lab.tail, [f"l{layer} attn", f"l{layer} mlp"])
+    # One tangent for each source, carried forward: all windows of a source have their turn.
+    tangent = jp.pathwise(mode="tangent", probe_batch=PROBE_BATCH)
+    posterior = jp.restrict(lab.posterior, part)
+    response = lab.measure("steer", posterior, "train", tangent, observables=lab.observables)
     print(f"{response}\n")
 
     def weights(size: float) -> jp.Intervention:

@@ -187,7 +187,9 @@ class Lab:
         """Held-out losses in nats a token."""
         return {source: float(jax.jit(phi)(params)) for source, phi in self.observables.items()}
 
-    def measure(self, name: str, posterior: jp.Posterior, **asked: Any) -> jp.Response:
+    def measure(
+        self, name: str, posterior: jp.Posterior, use: str, estimator: Any, **asked: Any
+    ) -> jp.Response:
         """A response, kept in a file; an interrupted one goes on from where it was saved."""
         s = self.settings
         said = repr((self.store.settings, self.settled, list(asked.get("components", ()))))
@@ -197,8 +199,8 @@ class Lab:
             return jp.load(kept)
         response = jp.susceptibilities(
             jax.random.key(0), posterior, jp.sgld(step_size=s.step_size), s.plan,
-            probes=self.batches("probes"), mesh=self.mesh, checkpoint=path.with_suffix(".run"),
-            estimator=jp.pathwise(window=s.window, every=s.every), **asked,
+            probes=self.batches(use), mesh=self.mesh, checkpoint=path.with_suffix(".run"),
+            estimator=estimator, **asked,
         )  # fmt: skip
         jp.save(kept, response)
         return response
@@ -207,7 +209,7 @@ class Lab:
         self, key: Any, optimizer: optax.GradientTransformation, steps: int,
         rho: Mapping[str, Any] | None = None,
     ) -> Any:  # fmt: skip
-        """Parameters after training the layers of the tail; final norm and read-out stay."""
+        """Parameters after training attention and MLPs of the tail; norms and read-out stay."""
         weights = None
         if rho is not None:
             of_source = [
@@ -215,7 +217,11 @@ class Lab:
                 for source, x in self.windows["train"].items()
             ]
             weights = np.concatenate(of_source)
-        labels = {name: "moves" if name == "layers" else "stays" for name in self.tail.params}
+        labels: dict[str, Any] = dict.fromkeys(self.tail.params, "stays")
+        labels["layers"] = {
+            name: "moves" if name in ("attn", "mlp") else "stays"
+            for name in self.tail.params["layers"]
+        }
         parts = {"moves": optimizer, "stays": optax.set_to_zero()}
         params, _ = jp.train(
             key, self.tail.loss_fn, self.tail.params, self.joined("train"),
