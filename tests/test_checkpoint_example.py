@@ -57,7 +57,7 @@ def test_measures_steers_and_goes_on_from_its_stages(folder, tmp_path, capsys):
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
 
 
-def test_descent_moves_the_layers_alone_by_the_weighted_gradient(folder, tmp_path):
+def test_descent_moves_attention_and_mlp_by_the_weighted_gradient(folder, tmp_path):
     """Weight on one source only, all of whose windows are one: a step is the gradient of that."""
     import optax
     from tokenizers import Tokenizer
@@ -77,11 +77,13 @@ def test_descent_moves_the_layers_alone_by_the_weighted_gradient(folder, tmp_pat
     assert jnp.array_equal(moved["ln_final"]["w"], start["ln_final"]["w"])
     assert jnp.array_equal(moved["unembed"]["W_U"], start["unembed"]["W_U"])
     whole = jax.jit(jax.grad(lambda params: jnp.mean(model.loss_fn(params, window))))(model.params)
-    for new, old, g in zip(
-        *(jax.tree.leaves(tree) for tree in (moved["layers"], start["layers"], whole["layers"])),
-        strict=True,
-    ):
-        np.testing.assert_allclose(new - old, -0.1 * g[2:], rtol=1e-4, atol=1e-6)
+    for name, layers in moved["layers"].items():
+        for new, old, g in zip(
+            *(jax.tree.leaves(x) for x in (layers, start["layers"][name], whole["layers"][name])),
+            strict=True,
+        ):
+            wanted = 0.0 if name in ("ln1", "ln2") else -0.1 * g[2:]
+            np.testing.assert_allclose(new - old, wanted, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_unknown_names_are_refused(folder, tmp_path, capsys):
