@@ -1,11 +1,14 @@
 """What a run on a TPU pod would need: memory, collectives and FLOPs, from programs compiled here.
 
-    pip install libtpu && python benchmarks/pod_plan.py [--quick] [--chips 16 256] [--out FOLDER]
+    pip install libtpu
+    python benchmarks/pod_plan.py [--quick] [--chips 16 256] [--config CONFIG] [--out FOLDER]
 
 Claim: the programs of this package fit the chips of a v5e pod, and chains dealt out to them
 exchange nothing. The real programs are compiled ahead of time for a described topology, with
 shapes in the place of arrays, so it needs neither a TPU nor the memory. It exits with status 1
 where a program does not fit, or one that deals out chains holds a collective.
+
+`--config` takes a folder of Hugging Face or its `config.json`; no parameters are read.
 
 Compiled: steps of sampling with parameters cut over `model`; a segment of the pathwise adjoint of
 heads × chains; a re-weighted training step. Chip-hours of whole runs follow from their cost in
@@ -62,6 +65,32 @@ SMALL = transformer.TransformerConfig(
 )  # fmt: skip
 
 
+class Described(NamedTuple):
+    """A model of shapes: parameters, loss, and the heads of its first layer."""
+
+    name: str
+    params: Any
+    loss_fn: Any
+    heads: dict[str, jp.Restriction]
+
+
+def of_transformer(name: str, config: transformer.TransformerConfig) -> Described:
+    """One of `models.transformer`."""
+    shapes = jax.eval_shape(partial(transformer.init, config=config), jax.random.key(0))
+    heads = {
+        f"h{h}": jp.by_slice({f"layers/0/attn/{part}": (0, h) for part in "qkvo"})
+        for h in range(config.num_heads)
+    }
+    return Described(name, shapes, transformer.make_loss_fn(config), heads)
+
+
+def of_config(path: Path) -> Described:
+    """One of Hugging Face, layers computed again for derivatives."""
+    model = jp.lm.abstract(path.parent if path.is_file() else path, remat=True)
+    names = [f"l0h{h}" for h in range(model.spec.num_heads)]
+    return Described(str(model), model.params, model.loss_fn, jp.components(model, names))
+
+
 def described_mesh(chips: int, data: int = 1, model: int = 1) -> Mesh:
     """A mesh over chips that are not there."""
     from jax.experimental import topologies
@@ -79,10 +108,10 @@ def laid_out(tree: Any, mesh: Mesh, *spec: str | None) -> Any:
 
 
 def abstract_posterior(
-    config: Any, mesh: Mesh, length: int, samples: int, dtype: Any = jnp.float32
+    model: Described, mesh: Mesh, length: int, samples: int, dtype: Any = jnp.float32
 ) -> Posterior:
     """The posterior of a model that nobody trained."""
-    shapes = jax.eval_shape(partial(transformer.init, config=config), jax.random.key(0))
+    shapes = model.params
     specs = param_specs(shapes, mesh.shape["model"])
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, s)),
@@ -96,7 +125,7 @@ def abstract_posterior(
         nbeta=shape((), jnp.float32),
         localization=shape((), jnp.float32),
         restriction=None,
-        loss_fn=transformer.make_loss_fn(config),
+        loss_fn=model.loss_fn,
         spare=shape((), jnp.int32),
     )
 
@@ -109,25 +138,23 @@ def states_of(compiled: Any, shapes: Any) -> Any:
     )  # fmt: skip
 
 
-def sampling_step(config: Any, chips: int, model: int, length: int, batch: int) -> Any:
-    """Steps of SGLD, one chain per group of `model` chips."""
-    mesh = described_mesh(chips, model=model)
-    posterior = abstract_posterior(config, mesh, length, 1024)
+def sampling_step(model: Described, chips: int, parts: int, length: int, batch: int) -> Any:
+    """Steps of SGLD, one chain per group of `parts` chips."""
+    mesh = described_mesh(chips, model=parts)
+    posterior = abstract_posterior(model, mesh, length, 1024)
     plan = jp.Plan(num_chains=mesh.shape["chain"], num_draws=2, num_batches=2, batch_size=batch)
     # Noise drawn array by array: each part is drawn where it lies.
     sampler = jp.sgld(step_size=1e-4, noise="leaf")
     return lower_chains(jp.Run(abstract_key(), posterior, sampler, plan), Nothing(), mesh).advance
 
 
-def pathwise_segment(config: Any, chips: int, length: int, batch: int, probes: int) -> Any:
+def pathwise_segment(model: Described, chips: int, length: int, batch: int, probes: int) -> Any:
     """The sweep over a segment for all heads of a layer × 4 chains, a lane at a time."""
     mesh = described_mesh(chips)
-    posterior = abstract_posterior(config, mesh, length, 1024, jnp.bfloat16)
-    heads = range(config.num_heads)
-    parts = [jp.by_slice({f"layers/0/attn/{name}": (0, h) for name in "qkvo"}) for h in heads]
+    posterior = abstract_posterior(model, mesh, length, 1024, jnp.bfloat16)
     group = ComponentGroup(
-        names=tuple(f"h{h}" for h in heads), ids=tuple(heads),
-        restrictions=jax.tree.map(lambda *leaves: np.stack(leaves), *parts),
+        names=tuple(model.heads), ids=tuple(range(len(model.heads))),
+        restrictions=jax.tree.map(lambda *leaves: np.stack(leaves), *model.heads.values()),
     )  # fmt: skip
     plan = jp.Plan(
         num_chains=4, num_burnin=16, num_draws=4, thin=4, batch_size=batch, chunk=batch,
@@ -164,10 +191,10 @@ def abstract_key() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def training_step(config: Any, chips: int, model: int, length: int, batch: int) -> Any:
+def training_step(model: Described, chips: int, parts: int, length: int, batch: int) -> Any:
     """A step of Adam on re-weighted data, the batch cut over the rest of the chips."""
-    mesh = described_mesh(chips, data=chips // model, model=model)
-    posterior = abstract_posterior(config, mesh, length, 1024)
+    mesh = described_mesh(chips, data=chips // parts, model=parts)
+    posterior = abstract_posterior(model, mesh, length, 1024)
     run = descent.Descent(posterior.loss_fn, optax.adam(1e-4), 1000, batch, "loss", None, mesh)
     metrics = jax.tree_util.Partial(lambda params: {})
     compiled = training._start.lower(run, posterior.params, metrics, None).compile()
@@ -227,15 +254,16 @@ def exchanged(text: str) -> dict[str, str]:
     return {channel: name for name, channel in lines}
 
 
-def programs(config: Any, chips: int, quick: bool) -> list[tuple[str, Any, bool]]:
+def programs(model: Described, chips: int, quick: bool) -> list[tuple[str, Any, bool]]:
     """Name, how it is lowered, and whether it must hold no collective."""
-    model, length, batch, probes = (2, 32, 4, 8) if quick else (8, 512, 8, 32)
-    shares = max(batch, chips // model)
+    parts, length, batch, probes = (2, 32, 4, 8) if quick else (8, 512, 8, 32)
+    parts = min(parts, chips)
+    shares = max(batch, chips // parts)
     return [
-        ("sampling", partial(sampling_step, config, chips, model, length, batch), False),
-        ("pathwise", partial(pathwise_segment, config, chips, length, 1 if not quick else batch,
+        ("sampling", partial(sampling_step, model, chips, parts, length, batch), False),
+        ("pathwise", partial(pathwise_segment, model, chips, length, 1 if not quick else batch,
                              4 if not quick else probes), True),
-        ("training", partial(training_step, config, chips, model, length, shares), False),
+        ("training", partial(training_step, model, chips, parts, length, shares), False),
     ]  # fmt: skip
 
 
@@ -296,15 +324,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chips", type=int, nargs="+", default=[16, 256], choices=TOPOLOGIES)
     parser.add_argument("--only", nargs="+", help="names of programs")
     parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--config", type=Path, help="a folder of Hugging Face, or its config.json")
     options = parser.parse_args(arguments)
-    config = SMALL if options.quick else LARGE
+    if options.config:
+        model = of_config(options.config)
+    else:
+        model = of_transformer(*(("small", SMALL) if options.quick else ("1.4B", LARGE)))
     rows = []
     for chips in options.chips:
-        for name, lower, silent in programs(config, chips, options.quick):
+        for name, lower, silent in programs(model, chips, options.quick):
             if options.only and name not in options.only:
                 continue
             row = report(name, chips, lower(), silent)
-            rows.append(row | {"model": "small" if options.quick else "1.4B"})
+            rows.append(row | {"model": model.name})
             print(json.dumps(rows[-1]), flush=True)
     print(
         f"v5e chip-hours at {UTILISATION:.0%} of the peak, of {CHAINS} chains, {BURNIN} steps of "

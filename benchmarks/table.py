@@ -137,6 +137,25 @@ def reweighting(rows: Rows) -> str:
     )
 
 
+def checkpoint_cost(rows: Rows) -> str:
+    chains = "; ".join(
+        f"{row['model']} {row['component']} {row['per_chain'] / 2**20:,.0f} MiB "
+        f"({row['gradient'] / 2**20:,.0f}; {row['stack'] / 2**20:,.0f})"
+        for row in rows if row["part"] == "memory"
+    )  # fmt: skip
+    steps = ", ".join(
+        f"{row['model']} on the {row['where']} {row['ratio']:.2f}"
+        + not_met(row["ratio"] <= row["claimed"])
+        for row in rows if row["part"] == "step"
+    )  # fmt: skip
+    tails = ", ".join(f"{row['model']} {row['share']:.2f}" for row in rows if row["part"] == "tail")
+    return (
+        f"a chain more takes (a bare gradient of its batch; the stack it lies in) {chains}; "
+        f"a step over a bare gradient of the same component (claimed 1.2): {steps}; a step on the "
+        f"tail over one on the whole: {tails}"
+    )
+
+
 def gpu(rows: Rows) -> str:
     full = max(row["flops"] / row["peak"] for row in rows if row.get("part") == "utilisation")
     times = ", ".join(f"{row['seconds']:.0f} s in {row['dtype']}" for row in rows
@@ -156,6 +175,10 @@ COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
         "mixtures from the response with DoReMi, DoGE, influence functions", reweighting,
     ),
     "growth": ("time and memory against the size of a problem", growth),
+    "checkpoint_cost": (
+        "memory of a chain and time of a step on checkpoints, batches of 4 × 32 tokens",
+        checkpoint_cost,
+    ),
     "gpu": ("FLOPs utilisation, bfloat16 and a response of paper size", gpu),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import lm_models
+import numpy as np
 import optax
 import pytest
 
@@ -61,6 +62,29 @@ def test_the_checkpoint_tutorial(tmp_path):
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before.params, after.params)
     assert max(jax.tree.leaves(moved)) > 0
     assert moved["embed"]["W_E"] == 0  # below the split nothing moves
+
+
+@pytest.mark.slow
+def test_the_recipe_for_torch(tmp_path):
+    """torchax's function has the losses and the gradient of the model that `load` reads."""
+    try:
+        import torchax  # noqa: F401
+        import transformers
+    except (ImportError, AttributeError) as error:  # the latter under a torch that is too new
+        pytest.skip(f"torchax cannot be imported: {error}")
+    folder = lm_models.random_folder("llama", tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    loss_fn, params = program("torch_model").port(model)
+    assert set(params) == {name for name, _ in model.named_parameters()}
+    own, tokens = jp.lm.load(folder), jnp.asarray(lm_models.tokens_of(3, 12))
+    np.testing.assert_allclose(
+        jax.jit(loss_fn)(params, tokens), own.loss_fn(own.params, tokens), atol=5e-6
+    )
+    norms = [
+        optax.tree.norm(jax.jit(jax.grad(lambda p, f=f: f(p, tokens).mean()))(p))
+        for f, p in ((loss_fn, params), (own.loss_fn, own.params))
+    ]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
 
 
 @pytest.fixture

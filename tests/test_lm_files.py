@@ -275,3 +275,15 @@ def test_compilation_does_not_depend_on_depth():
         text = jax.jit(jax.grad(loss)).lower(model.params).as_text()
         lengths.append(text.count("\n"))
     assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pythia", "llama", "gemma3", "qwen2"])
+def test_an_abstract_model_has_the_shapes_of_the_loaded_one(name, tmp_path):
+    folder = lm_models.random_folder(name, tmp_path / "model")
+    model, shapes = jp.lm.load(folder), jp.lm.abstract(folder)
+    assert shapes.spec == model.spec
+    spoken = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
+    assert shapes.params == spoken
+    narrow = jp.lm.abstract(model.config, dtype=jnp.bfloat16).params
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype(jnp.bfloat16)}
+    assert set(jp.components(shapes)) == set(jp.components(model))

@@ -315,3 +315,27 @@ def test_a_tail_is_a_posterior_like_any_other():
     plan = jp.Plan(num_chains=2, num_burnin=2, num_draws=4, thin=1, batch_size=2)
     result = jp.llc(jax.random.key(0), head, jp.sgld(step_size=1e-5), plan, progress=False)
     assert np.isfinite(result.mean)
+
+
+@pytest.mark.slow
+def test_a_part_answers_alike_on_the_tail_and_on_the_whole():
+    """Same noise, same batches: χ of the last layer's MLP differs by rounding alone."""
+    model, tokens = lm_models.random_model("llama"), lm_models.tokens_of(6)
+    tail = jp.lm.split(model, layer=2)
+    plan = jp.Plan(num_chains=2, num_burnin=2, num_draws=6, thin=1, batch_size=4, num_batches=2)
+    found = [
+        jp.susceptibilities(
+            jax.random.key(3),
+            jp.localized_posterior(
+                side.loss_fn, side.params, data, nbeta=30.0, localization=100.0
+            ),
+            jp.sgld(step_size=3e-3), plan, probes={"p": data},
+            components={"l2 mlp": jp.component(side, "l2 mlp")}, estimator=jp.covariance(),
+            progress=False,
+        )
+        for side, data in ((model, jnp.asarray(tokens)), (tail, tail.data(tokens)))
+    ]  # fmt: skip
+    whole, part = (np.asarray(response.chi["p"]) for response in found)
+    assert np.abs(whole).max() > 1e-4
+    # Losses of 3 are rounded by 2e-7, and χ is a mean of their products with φ of up to 0.1.
+    np.testing.assert_allclose(part, whole, rtol=1e-3, atol=1e-7)

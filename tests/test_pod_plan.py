@@ -11,11 +11,23 @@ import pytest
 PROGRAM = Path(__file__).parent.parent / "benchmarks" / "pod_plan.py"
 
 
+LLAMA = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
 @pytest.mark.libtpu
-def test_small_programs_compile_for_four_chips(tmp_path):
+@pytest.mark.parametrize("given", ["built in", "config.json"])
+def test_small_programs_compile_for_four_chips(given, tmp_path):
     """In a process of its own: libtpu writes to stderr as it likes."""
+    more = []
+    if given == "config.json":
+        (tmp_path / given).write_text(json.dumps(LLAMA))
+        more = ["--config", tmp_path / given]
     run = subprocess.run(
-        [sys.executable, PROGRAM, "--quick", "--chips", "4", "--out", tmp_path],
+        [sys.executable, PROGRAM, "--quick", "--chips", "4", "--out", tmp_path, *more],
         capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

@@ -136,3 +136,13 @@ def test_bad_input_is_named(act, error, message):
             act()
     finally:
         config.update("jaxtyping_disable", False)
+
+
+def test_a_tokenizer_decodes():
+    """Its bound method says that it takes `self`, too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
+    tokens = np.zeros((2, 12), np.int32)
+    tokens[0, 4] = 1
+    (row,) = jp.extreme_tokens(np.float32(tokens[:, 1:]), tokens, decode=tokenizer.decode, num=1)
+    assert (row.token, row.before) == ("b", "a a a a")

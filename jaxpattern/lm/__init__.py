@@ -2,7 +2,7 @@
 
 from jaxpattern.lm.components import component, components
 from jaxpattern.lm.layouts import Layout, layout
-from jaxpattern.lm.model import Model, load, save
+from jaxpattern.lm.model import Model, abstract, load, save
 from jaxpattern.lm.split import Residuals, Tail, split
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Model",
     "Residuals",
     "Tail",
+    "abstract",
     "component",
     "components",
     "layout",

@@ -144,6 +144,21 @@ def read_params(
     return _nest(flat), names
 
 
+def param_shapes(config: Mapping[str, Any], spec: Spec, dtype: np.dtype) -> Params:
+    """Shapes in the place of the parameters, layers stacked."""
+    family, sizes = family_of(config), spec.axis_sizes()
+    flat: dict[str, Any] = {}
+    for tensors, folder, lead in (
+        (_outer(family, config, spec), "", ()),
+        (_inner(family, config), "layers/", (spec.num_layers,)),
+    ):
+        for tensor in tensors.values():
+            axes = [axis for axis in _sides(tensor.rule)[1] if axis != "c"]
+            shape = (*lead, *(sizes[axis] for axis in axes))
+            flat |= {folder + path: jax.ShapeDtypeStruct(shape, dtype) for path in tensor.to}
+    return _nest(flat)
+
+
 def write_folder(
     folder: Path,
     params: Params,

@@ -209,6 +209,35 @@ def load(folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, remat: boo
     return Model(spec, params, config, names, path, remat)
 
 
+def abstract(
+    config: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+) -> Model:
+    """A model of shapes, to be compiled for what it needs before there is memory for it.
+
+        program = jax.jit(jax.grad(loss)).lower(model.params, tokens).compile()
+        program.memory_analysis()
+
+    Args:
+        config: content of a `config.json`, or a folder that holds one. No parameters are read.
+        dtype, remat: as `load`.
+
+    Returns:
+        A `Model` whose parameters are `jax.ShapeDtypeStruct`; parts have names as those of `load`.
+
+    Raises:
+        TypeError, ValueError: as `load`.
+    """
+    kind = _check_dtype(dtype)
+    if not isinstance(config, Mapping):
+        config = checkpoint_files.read_config(Path(config))
+    spec = read_spec(config)
+    params = checkpoint_files.param_shapes(config, spec, kind)
+    return Model(spec, params, config, {}, None, remat)
+
+
 def save(model: Model, folder: str | os.PathLike[str], params: Params | None = None) -> None:
     """Write a folder that `from_pretrained` of transformers and `load` read.
 
