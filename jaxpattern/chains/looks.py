@@ -21,10 +21,10 @@ from jaxpattern.posterior import Minibatch, Posterior
 from jaxpattern.samplers import noise_by_leaf
 from jaxpattern.types import Position
 
-ITERATIONS = 12
+ITERATIONS = 10
 FRACTION = 1 / 64  # of the distance at which rounding is looked for
-BENDS = 8
-STEPS = 16
+BENDS = 6
+STEPS = 12
 STRIDE = 0.5  # of a step of the noise: kinks show less there, and jumps more
 
 

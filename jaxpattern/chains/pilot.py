@@ -40,8 +40,9 @@ from jaxpattern.restriction import Restriction
 from jaxpattern.validation import is_traced
 
 _STREAM = 2**31
-_SAMPLES = 64
-_MOST = 256
+_SAMPLES = 64  # looked at, where a sample has few losses
+_LOSSES = 512
+_MOST = 256  # where the plan has no mini-batches
 
 
 class Pilot(NamedTuple):
@@ -123,7 +124,9 @@ def _fly_one(
 ) -> tuple[Array, ...]:
     # Beyond the streams of components, which fold in small numbers.
     keys = [jax.random.fold_in(key, _STREAM + i) for i in range(3)]
-    size = min(posterior.num_samples, max(batch_size or _MOST, _SAMPLES))
+    each = posterior.weights.size // posterior.num_samples
+    size = max(batch_size or 1, min(_SAMPLES if batch_size else _MOST, _LOSSES // each))
+    size = min(posterior.num_samples, size)
     everything = batch_size is None and size == posterior.num_samples
     minibatch = posterior.minibatch(keys[0], None if everything else size)
     space = make_space(keys[1], posterior, sampler, minibatch, flat)
