@@ -23,8 +23,9 @@ class Shift(NamedTuple):
     value: Float[Array, ""]
     stderr: Float[Array, ""]
 
-    def __str__(self) -> str:
-        return f"{float(self.value):+.4g} ± {float(self.stderr):.2g}"
+    def __repr__(self) -> str:
+        error = float(self.stderr)
+        return f"{float(self.value):+.4g}" + ("" if np.isnan(error) else f" ± {error:.2g}")
 
 
 def predict(response: Response, weights: Mapping[str, Any]) -> dict[str, Shift]:
@@ -40,8 +41,9 @@ def predict(response: Response, weights: Mapping[str, Any]) -> dict[str, Shift]:
 
     Returns:
         Row → `Shift`. The error is that of χ at these weights, from its groups of draws or seeds
-        where the response is grouped, from two halves otherwise; for weights that were fitted to
-        the same χ it is too small, see `Intervention.cross_fitted_shift`.
+        where the response is grouped, from two halves otherwise, NaN for a single seed; for
+        weights that were fitted to the same χ it is too small, see
+        `Intervention.cross_fitted_shift`.
 
     Raises:
         ValueError: a probe set is missing or unknown, or its weights have another shape.
