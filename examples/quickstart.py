@@ -102,9 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     starts = [transformer.init(seed, model) for seed in seeds]
     start = jax.tree.map(lambda *leaves: np.stack(leaves), *starts)
     # One optimizer and one function of losses: another object would be compiled again.
-    # eps_root: without it Adam has no derivative where a gradient was always 0.
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
-    optimizer = optax.adamw(schedule, eps_root=1e-10)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
     held_out_losses = make_observable(loss_fn, held_out)
     losses_of = jax.jit(jax.vmap(held_out_losses))
 
