@@ -68,6 +68,11 @@ class LocalLearningCoefficient(NamedTuple):
             rhat=float(self.rhat), ess=float(self.ess), spread=float(np.ptp(living)),
             drift=float(drift), size=float(size), groups=float(self.groups) * len(living),
         )  # fmt: skip
+        if float(self.mean) < -3 * float(self.stderr):
+            found.append(
+                "λ̂ is negative: the parameters are not at a minimum of this loss. Train further, "
+                "or tie the chain closer with a larger localization"
+            )
         return say("LLC", [("", [*found, *before(self.pilot)])])
 
     def to_arviz(self) -> xarray.DataTree:

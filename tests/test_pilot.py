@@ -133,3 +133,14 @@ def test_an_infinite_slope_of_an_observable_is_no_divergence():
             probes={"all": posterior.data}, estimator=jp.pathwise(window=4), progress=False,
         )  # fmt: skip
     assert not isinstance(caught.value, jp.DivergenceError)
+
+
+def test_a_negative_llc_is_no_minimum():
+    data = jnp.asarray([-1.0, 1.0])
+    posterior = jp.localized_posterior(
+        lambda p, b: 0.5 * (p["w"][0] - 2 - b) ** 2, {"w": jnp.zeros(1)}, data,
+        nbeta=10.0, localization=10.0,
+    )  # fmt: skip
+    plan = jp.Plan(num_chains=4, num_burnin=200, num_draws=50, thin=20)
+    with pytest.warns(jp.UnreliableWarning, match="not at a minimum"):
+        jp.llc(jax.random.key(0), posterior, jp.sgld(step_size=1e-2), plan, progress=False)
