@@ -327,9 +327,9 @@ def test_a_part_answers_alike_on_the_tail_and_on_the_whole():
         jp.susceptibilities(
             jax.random.key(3),
             jp.localized_posterior(
-                side.loss_fn, side.params, data, nbeta=30.0, localization=100.0
+                side.loss_fn, side.params, data, nbeta=30.0, localization=10.0
             ),
-            jp.sgld(step_size=3e-3), plan, probes={"p": data},
+            jp.sgld(step_size=3e-2), plan, probes={"p": data},
             components={"l2 mlp": jp.component(side, "l2 mlp")}, estimator=jp.covariance(),
             progress=False,
         )

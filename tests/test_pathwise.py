@@ -159,7 +159,7 @@ def test_tangents_equal_the_adjoint_on_the_same_chain(x64):
         )
     )
     tangent = run(estimator=jp.pathwise(mode="tangent", product="autodiff"))
-    assert tangent.estimator == "pathwise (tangent, autodiff's Hessian)"
+    assert tangent.estimator.startswith("pathwise (tangent, autodiff's Hessian)")
     for name in probes:
         np.testing.assert_allclose(tangent.chi[name], adjoint.chi[name], rtol=1e-9)
         np.testing.assert_allclose(tangent.stderr[name], adjoint.stderr[name], rtol=1e-6)

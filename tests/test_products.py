@@ -10,6 +10,7 @@ from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.chains.pilot import fly
 from jaxpattern.chains.run import make_run
 from jaxpattern.losses import precision_of
+from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
 from jaxpattern.response.products import derivatives_along, hessian_products
 
 KEY = jax.random.key(3)
@@ -240,3 +241,38 @@ def test_a_loss_without_forward_mode():
     np.testing.assert_allclose(forwards.chi["up"], exact[:2].mean(), atol=2e-4)
     with pytest.raises(TypeError, match=r"laplace needs second derivatives .* pathwise"):
         measure(probes={"data": data}, estimator=jp.laplace())
+
+
+@pytest.mark.filterwarnings("ignore::jaxpattern.UnreliableWarning")
+def test_bfloat16_activations_give_what_float32_gives():
+    """LLC and χ of a transformer, on the same key, within a fraction of a standard error."""
+    tokens = np.random.default_rng(4).integers(0, 32, size=(16, 9))
+    tokens = jnp.asarray(tokens, jnp.int32)
+    plan = jp.Plan(num_chains=4, num_burnin=60, num_draws=20, thin=10)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        config = TransformerConfig(
+            32, context=8, num_layers=1, num_heads=2, d_model=16, dtype=dtype
+        )
+        posterior = jp.localized_posterior(
+            make_loss_fn(config), transformer.init(KEY, config), tokens,
+            nbeta=300.0, localization=100.0,
+        )  # fmt: skip
+        run = (jax.random.key(1), posterior, jp.sgld(step_size=1e-3), plan)
+        llc = jp.llc(*run, progress=False)
+        response = jp.group_mean(
+            jp.susceptibilities(
+                *run,
+                observables={"loss": jp.mean_loss(posterior.loss_fn, tokens)},
+                probes={"some": tokens[:4]},
+                progress=False,
+            )
+        )
+        found[dtype] = [
+            (float(llc.mean), float(llc.stderr)),
+            (float(response.chi["some"][0]), float(response.stderr["some"][0])),
+        ]
+        assert ("autodiff" in response.estimator) == (dtype == "bfloat16")
+    for (wide, error), (narrow, _) in zip(found["float32"], found["bfloat16"], strict=True):
+        assert abs(wide - narrow) < 0.5 * error
+        assert abs(wide) > 3 * error
