@@ -43,7 +43,7 @@ def test_the_mixture_tutorial():
 @pytest.mark.slow
 def test_the_circuit_tutorial():
     heads, direction, steps = program("circuit").main(
-        num_steps=250, num_windows=256, num_draws=4, seeds=(0,)
+        num_steps=300, num_windows=256, num_probes=48, num_draws=4, seeds=(0,)
     )
     assert min(after for after, _ in heads.values()) > 0.6  # of all heads, once it has formed
     assert direction > 0.65
@@ -161,6 +161,13 @@ def test_every_name_on_the_pages_exists():
             for part in name.removesuffix(".").split("."):
                 assert hasattr(found, part), f"{page.name}: jp.{name}"
                 found = getattr(found, part)
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("reference/*.md"))
+    listed = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    for name in set(jp.__all__) - {"lm"}:
+        assert getattr(jp, name).__module__ in listed, name
 
 
 def test_every_included_section_exists():

@@ -1,6 +1,7 @@
 """Find a circuit in the response of heads to tokens, and steer whether it forms."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.stats
@@ -51,9 +52,9 @@ def area(score, member):
     return float(test.statistic / (member.sum() * (~member).sum()))
 
 
-def main(num_steps=400, num_windows=512, num_draws=8, seeds=(0, 1)):
+def main(num_steps=400, num_windows=512, num_probes=96, num_draws=8, seeds=(0, 1)):
     tokens, copied = windows(np.random.default_rng(0), num_windows)
-    data = jax.device_put(tokens)
+    data, probes = jax.device_put((tokens, tokens[:num_probes]))
 
     # --8<-- [start:train]
     loss_fn = make_loss_fn(MODEL)  # (params, tokens [B, T + 1]) -> losses [B, T]
@@ -91,7 +92,7 @@ def main(num_steps=400, num_windows=512, num_draws=8, seeds=(0, 1)):
         posterior = jp.localized_posterior(loss_fn, params, data, nbeta=30.0, localization=20.0)
         return jp.susceptibilities(
             jax.random.key(1), posterior, jp.sgld(step_size=1e-2), plan,
-            probes={"text": data}, components=heads,
+            probes={"text": probes}, components=heads,
             estimator=jp.pathwise(window=20, every=10), progress=False,
         )  # fmt: skip
 
@@ -102,21 +103,36 @@ def main(num_steps=400, num_windows=512, num_draws=8, seeds=(0, 1)):
     directions = jp.principal_directions(response)
     print(directions)
     score = -np.asarray(directions.coordinates["text"][0])  # high: more weight protects the heads
-    rows = jp.extreme_tokens(score, tokens, decode=letters, num=10, per_token=1)
+    rows = jp.extreme_tokens(score, tokens[:num_probes], decode=letters, num=10, per_token=1)
     print(jp.format_tokens(rows))
     # --8<-- [end:directions]
 
     # --8<-- [start:check]
     before = measure(early["params"])
     print("head   looks at what followed, at the token before   AUC of copied tokens, and early on")
-    found = {}
+    found, known = {}, copied[:num_probes]
     for i, head in enumerate(response.rows):
-        found[head] = [area(-np.asarray(r.chi["text"])[i], copied) for r in (response, before)]
+        found[head] = [area(-np.asarray(r.chi["text"])[i], known) for r in (response, before)]
         looks = [float(last[name].ravel()[i]) for name in ("induction", "previous")]
         print(f"{head} {looks[0]:20.2f} {looks[1]:20.2f} {found[head][0]:25.2f}"
               f" {found[head][1]:14.2f}")  # fmt: skip
-    print(f"first direction: AUC {area(score, copied):.2f}")
+    print(f"first direction: AUC {area(score, known):.2f}")
     # --8<-- [end:check]
+
+    # --8<-- [start:extend]
+    @jax.jit
+    def features(params, tokens):
+        state = transformer.residual_states(params, tokens[:, :-1], config=MODEL)[-1]
+        then = params["unembed"].T[tokens[:, 1:]]
+        loss = loss_fn(params, tokens)[..., None]
+        return jnp.concatenate([state, then, state * then, loss, jnp.exp(-loss)], axis=-1)
+
+    x = features(last["params"], data)
+    fit = jp.regress_coordinates(jax.random.key(2), x[:num_probes], score)
+    score = np.asarray(fit.predict(x))
+    print(f"all tokens from states of the model: held-out R² {float(fit.held_out_r2):.2f}, "
+          f"AUC {area(score, copied):.2f}")  # fmt: skip
+    # --8<-- [end:extend]
 
     # --8<-- [start:weights]
     tilt = score / score.std()
