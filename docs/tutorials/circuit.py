@@ -1,5 +1,7 @@
 """Find a circuit in the response of heads to tokens, and steer whether it forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,7 @@ def windows(rng, num):
 
 def letters(tokens):
     """Tokens as text."""
-    return "".join(chr(65 + token) for token in tokens)
+    return "".join("abcdefghijklmnopqrstuvwxyzABCDEF"[token] for token in tokens)
 
 
 def area(score, member):
@@ -52,14 +54,15 @@ def area(score, member):
     return float(test.statistic / (member.sum() * (~member).sum()))
 
 
-def main(num_steps=400, num_windows=512, num_probes=96, num_draws=8, seeds=(0, 1)):
+def main(num_steps=300, num_windows=512, num_probes=96, num_draws=8, seeds=(0, 1)):
     tokens, copied = windows(np.random.default_rng(0), num_windows)
     data, probes = jax.device_put((tokens, tokens[:num_probes]))
 
     # --8<-- [start:train]
     loss_fn = make_loss_fn(MODEL)  # (params, tokens [B, T + 1]) -> losses [B, T]
     optimizer = optax.adamw(2e-2)
-    blocks = jp.repeated_tokens(jax.random.key(7), 32, MODEL.context, MODEL.vocab_size)
+    repeated = partial(jp.repeated_tokens, num=32, length=32, vocab_size=MODEL.vocab_size)
+    blocks = jax.jit(repeated)(jax.random.key(7))
 
     def watch(params):
         attention = transformer.attention_patterns(params, blocks, config=MODEL)
