@@ -48,8 +48,9 @@ def test_the_circuit_tutorial():
     after, before = heads["l0h0"]  # the head that looks at the token before
     assert after > max(0.58, before)  # by chance ½ ± .015
     assert direction > 0.58
-    (plain,), (up,) = steps["unweighted"], steps["up"]
-    assert up < plain
+    (plain,), (down,) = steps["unweighted"], steps["down"]
+    assert plain is not None
+    assert down is None or down > plain
 
 
 def test_text_with_copies():
@@ -63,7 +64,7 @@ def test_text_with_copies():
 
 @pytest.mark.slow
 def test_the_tutorial_of_two_rules():
-    score, weights, counts = program("algorithm").main(num_seeds=6, num_solutions=1, num_draws=4)
+    score, weights, counts = program("algorithm").main(num_solutions=1, num_draws=4)
     assert np.isfinite(score).all()
     for rho in weights.values():
         assert rho.mean() == pytest.approx(1, rel=1e-5)
@@ -72,8 +73,8 @@ def test_the_tutorial_of_two_rules():
 
 def test_brackets_that_fit_two_rules():
     module = program("algorithm")
-    data, withheld = module.bracket_data(200)
-    for part, equal in ((data, data["label"]), (withheld, np.ones(40))):
+    data, withheld = module.bracket_data(180)
+    for part, equal in ((data, data["label"]), (withheld, np.ones(36))):
         tokens = np.asarray(part["tokens"])
         assert np.array_equal((tokens == 1).sum(1) == (tokens == 2).sum(1), equal == 1)
         assert set(tokens[:, 0]) == {module.START}
