@@ -226,7 +226,7 @@ def localized_posterior(
             that `loss_fn` uses twice.
         data: pytree of arrays with one leading sample axis of length N.
         nbeta: inverse temperature nβ > 0, in inverse units of the loss.
-        localization: γ ≥ 0, a precision in inverse squared units of the weights.
+        localization: γ ≥ 0, a precision in inverse squared units of the parameters.
         weights: ρ of the shape of the losses, `[N]` or `[N, T]`; zero excludes (padding), and an
             excluded loss may be anything, NaN included. None is ρ = 1. Weights may be negative as
             long as their sum is positive.
@@ -240,6 +240,16 @@ def localized_posterior(
             at w* (looked at on the first 1024 samples), or depends on the company of a sample (the
             first 64); two leaves of the parameters are one array; the data are empty or ragged; nβ
             or γ is out of range; the weights do not fit.
+
+    Examples:
+        >>> def loss_fn(params, batch):  # one loss per sample
+        ...     return 0.5 * (params["w"] - batch) ** 2
+        >>> data, params = jnp.array([-1.0, 1.0]), {"w": jnp.zeros(())}
+        >>> posterior = jp.localized_posterior(
+        ...     loss_fn, params, data, nbeta=10.0, localization=100.0
+        ... )
+        >>> float(posterior.loss({"w": jnp.ones(())}))  # the mean of 2 and 0
+        1.0
 
     References:
         Lau et al. 2023, arXiv 2308.12108, eq. 16; Baker et al. 2025, arXiv 2504.18274.

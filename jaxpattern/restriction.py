@@ -92,6 +92,11 @@ def by_slice(
         TypeError: not a mapping to pairs of integers.
         ValueError: nothing is named, an index is named twice, or (when it meets the parameters) a
             path, axis or index does not exist.
+
+    Examples:
+        >>> row = jp.by_slice({"q": (0, 1)})
+        >>> row.select({"q": jnp.arange(6.0).reshape(3, 2)})
+        {'q': Array([2., 3.], dtype=float32)}
     """
     if not isinstance(slices, Mapping):
         raise TypeError(f"slices must map paths to (axis, index), got {type(slices).__name__}")

@@ -1,5 +1,6 @@
 """The documentation: programs and blocks on its pages run, and what it names exists."""
 
+import doctest
 import importlib.util
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 import jaxpattern as jp
+from jaxpattern import verdict
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -39,11 +41,63 @@ def test_the_mixture_tutorial():
 
 
 @pytest.mark.slow
+def test_the_circuit_tutorial():
+    heads, direction, steps = program("circuit").main(
+        num_steps=300, num_windows=256, num_probes=48, num_draws=4, seeds=(0,)
+    )
+    after, before = heads["l0h0"]  # the head that looks at the token before
+    assert after > max(0.58, before)  # by chance ½ ± .015
+    assert direction > 0.58
+    (plain,), (down,) = steps["unweighted"], steps["down"]
+    assert plain is not None
+    assert down is None or down > plain
+
+
+def test_text_with_copies():
+    tokens, copied = program("circuit").windows(np.random.default_rng(1), 64)
+    assert tokens.shape == (64, 33)
+    assert copied.shape == (64, 32)
+    # Each token that a copy gives away follows the same token somewhere before.
+    assert np.all(np.asarray(jp.repeated_bigrams(jnp.asarray(tokens)))[copied])
+    assert 0.3 < copied.mean() < 0.6
+
+
+@pytest.mark.slow
+def test_the_tutorial_of_two_rules():
+    score, weights, counts = program("algorithm").main(num_solutions=1, num_draws=4)
+    assert np.isfinite(score).all()
+    for rho in weights.values():
+        assert rho.mean() == pytest.approx(1, rel=1e-5)
+    assert len(counts) == 4
+
+
+def test_brackets_that_fit_two_rules():
+    module = program("algorithm")
+    data, withheld = module.bracket_data(180)
+    for part, equal in ((data, data["label"]), (withheld, np.ones(36))):
+        tokens = np.asarray(part["tokens"])
+        assert np.array_equal((tokens == 1).sum(1) == (tokens == 2).sum(1), equal == 1)
+        assert set(tokens[:, 0]) == {module.START}
+    assert data["label"].mean() == 0.5
+    assert not withheld["label"].any()
+
+
+@pytest.mark.parametrize("framework", ["nnx", "linen", "equinox", "haiku"])
+def test_models_of_other_libraries_are_pure_losses(framework):
+    module = program("own_model")
+    data = module.moons(jax.random.key(3), 16)
+    given = (data,) if framework in ("linen", "haiku") else ()
+    loss_fn, params, *_ = getattr(module, f"{framework}_model")(*given)
+    posterior = jp.localized_posterior(loss_fn, params, data, nbeta=300.0, localization=100.0)
+    assert posterior.losses(params, data).shape == (16,)
+    slope = jax.jit(jax.grad(posterior.loss))(params)
+    assert float(optax.tree.norm(slope)) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["nnx", "linen", "equinox", "haiku"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_tutorial_of_own_models(framework):
-    package = {"nnx": "flax", "linen": "flax"}.get(framework, framework)
-    pytest.importorskip(package)
     (response,) = program("own_model").main((framework,), num_draws=10).values()
     for row in ("up", "down"):
         assert float(response.chi[row][response.rows.index(row)].mean()) < 0
@@ -195,6 +249,13 @@ def test_every_name_on_the_pages_exists():
                 found = getattr(found, part)
 
 
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("reference/*.md"))
+    listed = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    for name in set(jp.__all__) - {"lm"}:
+        assert getattr(jp, name).__module__ in listed, name
+
+
 def test_every_included_section_exists():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -202,6 +263,44 @@ def test_every_included_section_exists():
             source = (DOCS.parent / file).read_text(encoding="utf-8")
             assert f"[start:{section}]" in source, f"{page.name}: {file}:{section}"
             assert f"[end:{section}]" in source
+
+
+def test_examples_in_docstrings_run():
+    runner, tests = doctest.DocTestRunner(), 0
+    for name in jp.__all__:
+        where = {"jp": jp, "jnp": jnp}
+        for test in doctest.DocTestFinder(recurse=False).find(getattr(jp, name), name, globs=where):
+            tests += bool(test.examples)
+            assert runner.run(test).failed == 0, name
+    assert tests >= 4
+
+
+def test_every_finding_of_a_verdict_has_a_row():
+    """What the verdict says of the worst of everything, up to its first number."""
+    page = (DOCS / "howto" / "errors.md").read_text(encoding="utf-8")
+    quiet = {"rhat": 1.0, "ess": 1e3, "spread": 1.0, "drift": 0.0, "size": 0.0}
+    said = [
+        *verdict.unsettled(**quiet | {"spread": 0.0}),
+        *verdict.unsettled(**quiet | {"drift": 99.0, "size": 9.0}),
+        *verdict.unsettled(**quiet | {"rhat": 2.0}),
+        *verdict.unsettled(**quiet | {"ess": 2.0}),
+        *verdict.unsettled(**quiet | {"ess": 12.0}, groups=20.0),
+        *verdict.before(dict.fromkeys(verdict.PILOT, 9.0)),
+        *verdict.chaotic(99.0, 10.0),
+        *verdict.left_out(3.0),
+        verdict.say("χ", []),
+    ]
+    assert len(said) == 5 + 5 + 3
+    for finding in said:
+        words = [part.strip() for part in re.split(r"[:(;]|\d[\d.e+%]*", finding)]
+        assert next(part for part in words if len(part) > 3) in page, finding
+
+
+def test_every_warning_has_a_row():
+    page = (DOCS / "howto" / "errors.md").read_text(encoding="utf-8")
+    for name in jp.__all__:
+        if name.endswith("Warning"):
+            assert f"`{name}`" in page, name
 
 
 def test_every_page_is_in_the_navigation():

@@ -208,6 +208,10 @@ def compose_weights(base: PyTree, weights: PyTree) -> PyTree:
 
     Raises:
         ValueError: trees or shapes differ.
+
+    Examples:
+        >>> jp.compose_weights(jnp.array([1.0, 1.0, 0.0]), jnp.array([1.0, 3.0, 5.0]))
+        Array([0.75, 2.25, 0.  ], dtype=float32)
     """
     structure: Any = jax.tree.structure(base)
     if structure != jax.tree.structure(weights):

@@ -198,6 +198,10 @@ def repeated_bigrams(tokens: Int[Array, "B length"]) -> Bool[Array, "B T"]:
 
     Raises:
         ValueError: the tokens are not `[B, T + 1]` with T ≥ 1.
+
+    Examples:
+        >>> jp.repeated_bigrams(jnp.array([[1, 2, 3, 1, 2]]))
+        Array([[False, False, False,  True]], dtype=bool)
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"tokens must be [B, T + 1], got shape {list(tokens.shape)}")

@@ -141,7 +141,7 @@ def _health(response: Response, unit: str) -> list[ET.Element]:
 _DIAGNOSTICS = (
     ("drift_size", "drift", ".2g", "a trend over the draws, in standard deviations of the trace."),
     ("drift", "drift, t", ".2g", "the same over its own error; above 6 it is a trend."),
-    ("stiffness", "εP", ".2g", "step size times the largest curvature; above 1.25 the step is too "
+    ("stiffness", "εP", ".2g", "step size times the largest curvature; above 1 the step is too "
      "large, from 4 on chains leave for infinity."),
     ("remainder", "left in window", ".2g", "share of the response that the window or the chain "
      "cuts off; above 0.1 χ is incomplete."),
