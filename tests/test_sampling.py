@@ -17,6 +17,7 @@ from scipy import stats
 from support import doomed
 
 import jaxpattern as jp
+from jaxpattern.chains.run import make_run
 from jaxpattern.losses import losses_in_chunks
 
 N, D = 9, 4
@@ -449,10 +450,8 @@ def test_a_plan_counts_its_steps_and_batches():
     (jp.sgld(step_size=1e-3), 0.0, (100, 1)),  # never settles: no relaxation time
     (jp.mala(step_size=1e-3), 100.0, (100, 1)),  # says nothing of its own
 ])  # fmt: skip
-def test_a_plan_without_numbers_takes_them_from_the_relaxation_time(
-    sampler, localization, numbers
-):
-    posterior = replace(counting(3), localization=localization)
+def test_a_plan_without_numbers_takes_them_from_the_relaxation_time(sampler, localization, numbers):
+    posterior = make(localization=localization)
     with pytest.raises(ValueError, match="num_burnin or no thin yet"):
         _ = jp.Plan().num_steps
     run = make_run(KEY, posterior, sampler, jp.Plan(num_draws=7))
@@ -464,6 +463,6 @@ def test_a_plan_without_numbers_takes_them_from_the_relaxation_time(
 
 
 def test_a_plan_without_numbers_does_not_grow_without_a_word():
-    with pytest.warns(jp.UnreliableWarning, match="a relaxation time is 20000 steps"):
-        run = make_run(KEY, counting(3), jp.sgld(step_size=1e-5), jp.Plan())
+    with pytest.warns(jp.UnreliableWarning, match="a relaxation time is 50000 steps"):
+        run = make_run(KEY, make(), jp.sgld(step_size=1e-5), jp.Plan())
     assert (run.plan.num_burnin, run.plan.thin) == (3000, 250)
