@@ -40,7 +40,7 @@ from jaxpattern.validation import (
 
 _GRAVITY = {BASIN: 4, STEP: 3, SETTLED: 2, SIGNAL: 1}  # of what is wrong, for the least bad
 _NOT_BELOW = 1e-6  # of nβ: the γ that stands for 0 where h is measured
-_LANES, _DRAWS = 7, 50
+_LANES, _DRAWS = 8, 50
 _KNOWN = ("step_size", "nbeta", "localization", "stiffness", "relaxation")
 _OPERATIONS, _FEWEST, _MOST = 1.5e11, 200, 3000
 
@@ -151,11 +151,11 @@ def calibrate(
     """Propose nβ, γ, ε and a plan for a posterior, by short runs that are judged in words.
 
     Tried are the given nβ and γ; the given nβ with the weakest γ in which a chain settles within
-    the budget and with four times that; the same for nβ = n/log n; and the given γ with the nβ
-    that fits. ε = 0.2/P for the stiffest direction, or less where mini-batches would heat it by
-    more than a tenth. Proposed is the healthy setting nearest to the given one, in logarithms of
-    nβ and γ, of which going down counts twice; where none is healthy the least bad, which
-    `verdict` says.
+    the budget, with four times that, and with one as strong as the loss is stiff; the first two for
+    nβ = n/log n as well; and the given γ with the nβ that fits. ε = 0.2/P for the stiffest
+    direction, or less where mini-batches would heat it by more than a tenth. Proposed is the
+    healthy setting nearest to the given one, in logarithms of nβ and γ, of which going down counts
+    twice; where none is healthy the least bad, which `verdict` says.
 
     A setting is called "step too large" (εP above ½, mini-batches that add a quarter to the
     temperature, a temperature above 1, chains that go to infinity), "not settled" (a burn-in below
@@ -308,7 +308,7 @@ def _settings(case: _Case, given: float | None) -> list[Setting]:
     size = max(int(np.sum(np.any(np.asarray(case.posterior.weights) != 0, axis=tuple(
         range(1, case.posterior.weights.ndim))))), 3)  # fmt: skip
     field = size / math.log(size)
-    tried = [(nbeta, base.curvature, nbeta * base.curvature / ratio * k) for k in (1, 4)]
+    tried = [(nbeta, base.curvature, nbeta * base.curvature / ratio * k) for k in (1, 4, ratio)]
     start = base.step_size * min(1.0, nbeta / field)
     far = _find(case, field, field * base.curvature / ratio, start, tries=2)
     tried += [(field, far.curvature, field * far.curvature / ratio * k) for k in (1, 4)]

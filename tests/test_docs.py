@@ -102,7 +102,8 @@ def test_the_settings_page_fails_and_repairs(capsys):
     for i, block in enumerate(blocks):
         exec(compile(block, f"settings.md, block {i}", "exec"), scope)
     first, second = capsys.readouterr().out.split("Proposed: ")[1:]
-    assert "step too large: εP" in first and "too little signal: the data lower" in first
+    assert "step too large: εP" in first
+    assert "too little signal: the data lower" in first
     assert "not settled: a flat direction" in second
     assert scope["settings"].verdict == "healthy"
     assert scope["lam"].verdict == "nothing found that speaks against it"
