@@ -145,7 +145,7 @@ def calibrate(
     sampler: Any = sgld,
     batch_size: int | None = None,
     num_chains: int = 4,
-    budget: float | None = None,
+    budget: float | int | None = None,
     check: Callable[[Params], Float[Array, ""]] | None = None,
 ) -> Calibration:
     """Propose nβ, γ, ε and a plan for a posterior, by short runs that are judged in words.
@@ -267,7 +267,7 @@ def _begin(
     return _Case(own_streams(key), posterior, made, scout, plan), given
 
 
-def _num_steps(posterior: Posterior, budget: float | None, lanes: int, batch: int) -> int:
+def _num_steps(posterior: Posterior, budget: float | int | None, lanes: int, batch: int) -> int:
     """Steps of a chain that the budget allows."""
     if budget is None:
         moved = sum(leaf.size for leaf in jax.tree.leaves(posterior.centre))

@@ -101,7 +101,7 @@ def test_data_that_do_not_act():
 
 
 def test_a_basin_that_is_left_and_one_that_holds():
-    """w* in the upper of two wells, .05 deep below a barrier of .2 at distance .3."""
+    """w* in the upper of two wells, under a barrier of .4; the other is 1.4 lower, at 1."""
 
     def wells(params, batch):
         w = params["w"]
@@ -109,7 +109,7 @@ def test_a_basin_that_is_left_and_one_that_holds():
         return jnp.sum(jnp.where(w < 0.6, well, 0.2 + 10 * (w - 1.0) ** 2 - 1.6)) + 0 * batch
 
     posterior = jp.localized_posterior(
-        wells, {"w": jnp.zeros(2)}, jnp.zeros(8), nbeta=30.0, localization=1.0
+        wells, {"w": jnp.zeros(2)}, jnp.zeros(8), nbeta=4.0, localization=1.0
     )
     settings = calibrated(posterior)
     assert "left the basin" in named(settings)
@@ -146,8 +146,6 @@ def test_a_check_mini_batches_kinks_and_a_component():
     # Curvature of the mean loss: twice the density of a normal at its median, .8 each.
     slack = settings.step_size[0] * (60 * 0.8 + 20) / settings.stiffness[0]
     assert 0.7 < slack < 1.4
-    lost = calibrated(part, budget=8 * 4 * 32 * 600, check=lambda p: jnp.exp(-jnp.sum(p["w"] ** 2)))
-    assert named(lost, 0) == set()  # w* itself is not at 0: what is asked for is what is kept
     lost = calibrated(
         part, budget=8 * 4 * 32 * 600,
         check=lambda p: jnp.where(jnp.all(p["w"] == jnp.median(centers, axis=0)), 1.0, 0.0),
