@@ -28,7 +28,7 @@ from jaxpattern.chains.pilot import Pilot
 from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.record import Trace
 from jaxpattern.diagnostics import summarize
-from jaxpattern.llc import PairedExcessLoss
+from jaxpattern.losses import weighted_mean
 from jaxpattern.posterior import Posterior
 from jaxpattern.samplers import noise_by_leaf
 from jaxpattern.types import Params
@@ -71,7 +71,7 @@ class Setting(NamedTuple):
     def curvature(self) -> float:
         """h of P = nβ h + γ, from P/γ = Λ · relaxation / 2; at least a little."""
         ratio = self.stiffness * self.relaxation / 2 - 1
-        return max(ratio, 1e-3) * self.localization / self.nbeta
+        return max(ratio, 1e-6) * self.localization / self.nbeta
 
 
 class Reading(NamedTuple):
@@ -100,8 +100,10 @@ class Look(Trace):
         spread = jnp.where(gamma > 0, 1 / jnp.sqrt(jnp.where(gamma > 0, gamma, 1.0)), 0.0)
         noise = noise_by_leaf(keys[0], centre)
         loose = jax.tree.map(lambda w, xi: w + spread.astype(w.dtype) * xi, centre, noise)
+        batch, weights = posterior.minibatch(keys[1], batch_size)
+        least = posterior.losses(centre, batch)
         here, tether = (
-            PairedExcessLoss().value(posterior, w, keys[1], batch_size)[0] for w in (state, loose)
+            weighted_mean(posterior.losses(w, batch) - least, weights) for w in (position, loose)
         )
         away = optax.tree.sub(position, centre)
         force = posterior.grad_estimator(position, posterior.minibatch(keys[2], batch_size))
@@ -150,7 +152,7 @@ def judge(
     drift, size = verdict.trend(reading.excess, np.ones(int(alive.sum()), bool), 20)
     loose = verdict.unsettled(
         rhat=float(of[0].rhat), ess=float(of[0].ess), spread=float(np.ptp(reading.excess)),
-        drift=float(drift), size=float(size), groups=plan.batches * len(reading.excess),
+        drift=float(drift), size=float(size), groups=float(plan.batches * len(reading.excess)),
     )  # fmt: skip
     found += [f"{SETTLED}: {words}" for words in loose]
     pull = 1 - mean.excess / mean.tether if mean.tether > 0 else math.nan
