@@ -140,8 +140,8 @@ def test_a_check_mini_batches_kinks_and_a_component():
     part = jp.restrict(posterior, jp.by_path("w"))
     settings = calibrated(part, budget=8 * 4 * 400 * 600, batch_size=400)
     repaired(settings)
-    # Curvature of the mean loss: twice the density of a normal at its median, .8 in each direction;
-    # of the kinks of 400 samples some 30 lie within a step, which makes 20 %, and the larger counts.
+    # Curvature of the mean loss: twice the density of a normal at its median, .8 in each direction.
+    # Of the kinks of 400 samples some 30 lie within a step: 20 %, and the larger counts.
     precision = settings.stiffness[0] / settings.step_size[0]
     assert 0.8 < precision / (60 * 0.8 + 20) < 1.6
     lost = calibrated(
