@@ -64,7 +64,7 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
         ax.set_visible(False)
     order = np.lexsort((sweep.step_size, sweep.localization, sweep.nbeta))
     for s, ax in zip(order, panels, strict=False):
-        _chains(ax, sweep, s, sweep.problems[s])
+        _chains(ax, sweep, int(s), sweep.problems[s])
     top.supxlabel("draw", fontsize=9)
     top.supylabel("nβ (L − L(w*))", fontsize=9)
     ax = bottom.subplots()

@@ -41,7 +41,7 @@ def repaired(settings):
     assert float(settings.sampler.settings["step_size"]) == pytest.approx(settings.step_size[i])
     assert float(settings.posterior.nbeta) == pytest.approx(settings.nbeta[i])
     assert float(settings.posterior.localization) == pytest.approx(settings.localization[i])
-    assert settings.plan.num_burnin >= 6 * settings.relaxation[i] - 1e-3
+    assert settings.plan.num_burnin >= 6 * settings.relaxation[i] - 0.01
     return i
 
 

@@ -104,7 +104,7 @@ class Plan:
         burnin, thin = _UNKNOWN
         if relaxation is not None:
             time = min(relaxation, LONGEST)
-            burnin, thin = math.ceil(6 * time), max(1, round(time / 2))
+            burnin, thin = math.ceil(round(6 * time, 2)), max(1, round(time / 2))
         return replace(
             self,
             num_burnin=burnin if self.num_burnin is None else self.num_burnin,
