@@ -119,7 +119,9 @@ def shapes(side: Side) -> tuple[Posterior, ComponentGroup]:
 def compiled_steps(side: Side, chains: int) -> Any:
     """The program that advances so many chains of the component."""
     posterior, group = shapes(side)
-    plan = jp.Plan(num_chains=chains, num_draws=2, num_batches=2, batch_size=BATCH)
+    plan = jp.Plan(
+        num_chains=chains, num_burnin=100, num_draws=2, thin=1, num_batches=2, batch_size=BATCH
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     run = jp.Run(key, posterior, jp.sgld(step_size=1e-6), plan)
     return lower_chains(run, Nothing(), None, group).advance.compile()

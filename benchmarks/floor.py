@@ -131,7 +131,7 @@ def sgld_step(
         model.loss_fn, model.params, model.data, nbeta=30.0, localization=300.0
     )
     plan = jp.Plan(
-        num_chains=num_chains, num_burnin=num_steps - 2, num_draws=2, num_batches=2,
+        num_chains=num_chains, num_burnin=num_steps - 2, num_draws=2, thin=1, num_batches=2,
         batch_size=BATCH, chains_at_once=at_once,
     )  # fmt: skip
 
@@ -161,8 +161,9 @@ def covariance_draw(
         model.loss_fn, model.params, model.data, nbeta=30.0, localization=300.0
     )
     plan = jp.Plan(
-        num_chains=num_chains, num_burnin=0, num_draws=num_draws, batch_size=1, chunk=chunk
-    )
+        num_chains=num_chains, num_burnin=0, num_draws=num_draws, thin=1, batch_size=1,
+        chunk=chunk,
+    )  # fmt: skip
 
     def ours() -> Any:
         return jp.susceptibilities(

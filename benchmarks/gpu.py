@@ -85,8 +85,9 @@ def utilisation(
     steps, batch, chains = 20, 16, 2
     while chains <= (8 if options.quick else 1024):
         plan = jp.Plan(
-            num_chains=chains, num_burnin=steps - 2, num_draws=2, batch_size=batch, num_batches=2
-        )
+            num_chains=chains, num_burnin=steps - 2, num_draws=2, thin=1, batch_size=batch,
+            num_batches=2,
+        )  # fmt: skip
 
         def run(seed: int, plan: jp.Plan = plan) -> Any:
             return jp.sample(

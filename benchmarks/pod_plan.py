@@ -142,7 +142,10 @@ def sampling_step(model: Described, chips: int, parts: int, length: int, batch: 
     """Steps of SGLD, one chain per group of `parts` chips."""
     mesh = described_mesh(chips, model=parts)
     posterior = abstract_posterior(model, mesh, length, 1024)
-    plan = jp.Plan(num_chains=mesh.shape["chain"], num_draws=2, num_batches=2, batch_size=batch)
+    plan = jp.Plan(
+        num_chains=mesh.shape["chain"], num_burnin=100, num_draws=2, thin=1, num_batches=2,
+        batch_size=batch,
+    )  # fmt: skip
     # Noise drawn array by array: each part is drawn where it lies.
     sampler = jp.sgld(step_size=1e-4, noise="leaf")
     return lower_chains(jp.Run(abstract_key(), posterior, sampler, plan), Nothing(), mesh).advance

@@ -2,6 +2,7 @@
 
 from jaxpattern import lm as lm
 from jaxpattern._version import __version__ as __version__
+from jaxpattern.calibrate import Calibration, calibrate
 from jaxpattern.chains.divergence import DivergenceError, DivergenceWarning
 from jaxpattern.chains.loop import Recorded, run_chains
 from jaxpattern.chains.plan import Plan
@@ -85,6 +86,7 @@ from jaxpattern.verdict import UnreliableError, UnreliableWarning
 __all__ = [
     "BIF",
     "LLC",
+    "Calibration",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWarning",
@@ -133,6 +135,7 @@ __all__ = [
     "by_mask",
     "by_path",
     "by_slice",
+    "calibrate",
     "complement",
     "component",
     "components",

@@ -1,4 +1,4 @@
-"""Figures of responses, directions, tokens, weights, shifts and sweeps, with matplotlib.
+"""Figures of responses, directions, tokens, weights, shifts and settings, with matplotlib.
 
 It is optional: `pip install "jaxpattern[plot]"`.
 Each function draws on the axes it is given, or on a figure of its own, and returns the figure:
@@ -17,26 +17,30 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
+from jaxpattern.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILLION,
+    Axes,
+    Figure,
+    Normalize,
+    PolyCollection,
+    ScalarMappable,
+    figure_of,
+    findfont,
+    get_font,
+    open_frame,
+    root_of,
+)
 from jaxpattern.inversion import Intervention
 from jaxpattern.lm.tokens import Decode, check_aligned, decode_each, visible
+from jaxpattern.plot_settings import calibration as calibration
+from jaxpattern.plot_settings import sweep as sweep
 from jaxpattern.response.directions import PrincipalDirections
 from jaxpattern.response.result import Response
-from jaxpattern.sweep import Sweep
 from jaxpattern.validation import check_count
-
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.collections import PolyCollection
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import findfont, get_font
-except ImportError as error:
-    raise ImportError(
-        'jaxpattern.plot needs matplotlib, which is optional: pip install "jaxpattern[plot]"'
-    ) from error
-
-BLUE, ORANGE, VERMILLION, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#7A7A7A"
 
 _FONT, _FONT_SIZE = "DejaVu Sans Mono", 8
 
@@ -66,7 +70,7 @@ def response_matrix(response: Response, *, ax: Axes | None = None, unit: str = "
     error = np.stack([np.asarray(response.stderr[name]) for name in names], axis=1) * factor
     rows, columns = shift.shape
     if ax is None:
-        ax = _figure(1.9 + 1.05 * columns, 1.5 + 0.62 * rows).subplots()
+        ax = figure_of(1.9 + 1.05 * columns, 1.5 + 0.62 * rows).subplots()
     scale, prefix = _unit_scale(shift)
     limit = float(np.max(np.abs(shift))) * scale or 1.0
     image = ax.imshow(shift * scale, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
@@ -92,7 +96,7 @@ def response_matrix(response: Response, *, ax: Axes | None = None, unit: str = "
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
     bar.set_label(f"shift when the weight doubles ({prefix}{unit})")
     bar.outline.set_visible(False)
-    return _root(ax)
+    return root_of(ax)
 
 
 def weights(intervention: Intervention, *, ax: Axes | None = None) -> Figure:
@@ -106,7 +110,7 @@ def weights(intervention: Intervention, *, ax: Axes | None = None) -> Figure:
     values = [np.ravel(np.asarray(intervention.weights[name])) for name in names]
     means = np.array([value.mean() for value in values])
     if ax is None:
-        ax = _figure(5.0, 1.3 + 0.38 * len(names)).subplots()
+        ax = figure_of(5.0, 1.3 + 0.38 * len(names)).subplots()
     place = np.arange(len(names))
     colours = [BLUE if mean >= 1 else ORANGE for mean in means]
     ax.barh(place, means - 1, left=1, color=colours, height=0.65)
@@ -129,9 +133,9 @@ def weights(intervention: Intervention, *, ax: Axes | None = None) -> Figure:
     ax.set_xlim(least - room, most + room)
     ax.set_xlabel("weight ρ (unchanged data: 1)")
     ax.set_title("Data weights", loc="left")
-    _open(ax)
+    open_frame(ax)
     ax.tick_params(axis="y", length=0)
-    return _root(ax)
+    return root_of(ax)
 
 
 def shifts(
@@ -163,7 +167,7 @@ def shifts(
             f"and {sorted(realised)}"
         )
     if ax is None:
-        ax = _figure(5.5, 1.5 + 0.5 * len(names)).subplots()
+        ax = figure_of(5.5, 1.5 + 0.5 * len(names)).subplots()
     everything = np.array([float(s[name]) for s in (predicted, realised) for name in names])
     scale, prefix = _unit_scale(everything)
     place = np.arange(len(names))
@@ -195,65 +199,9 @@ def shifts(
     ax.set_xlabel(f"shift ({prefix}{unit}{bars})")
     ax.set_title("Predicted and realised", loc="left")
     ax.legend(frameon=False, fontsize=9, loc="best")
-    _open(ax)
+    open_frame(ax)
     ax.tick_params(axis="y", length=0)
-    return _root(ax)
-
-
-def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
-    """Small multiples of a calibration: the chains of each setting, then λ̂ against the step size.
-
-    A healthy setting is blue; any other orange, with what is wrong above its panel. In the
-    lower part filled points are healthy, open ones are not, and bars are 95 % intervals.
-    """
-    number = len(sweep.llc)
-    columns = min(max_columns, len(np.unique(sweep.step_size)))
-    rows = -(-number // columns)
-    figure = _figure(max(3.1 * columns, 6.5), 2.0 * rows + 3.2)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[2.0 * rows, 3.2])
-    top, bottom = parts
-    panels = np.ravel(top.subplots(rows, columns, sharex=True, squeeze=False))
-    for ax in panels[number:]:
-        ax.set_visible(False)
-    order = np.lexsort((sweep.step_size, sweep.localization, sweep.nbeta))
-    for s, ax in zip(order, panels, strict=False):
-        colour = BLUE if sweep.healthy[s] else VERMILLION
-        ax.plot(sweep.trace[s].T, color=colour, alpha=0.55, linewidth=0.8)
-        if np.isfinite(sweep.llc[s]):
-            ax.axhline(sweep.llc[s], color="black", linewidth=0.8, linestyle="--")
-        if not np.isfinite(sweep.trace[s]).any():
-            ax.set_yticks([])
-        ax.set_title(
-            f"ε = {sweep.step_size[s]:.3g}, nβ = {sweep.nbeta[s]:.4g}, "
-            f"γ = {sweep.localization[s]:.4g}\n"
-            + ("healthy" if sweep.healthy[s] else "\n".join(sweep.problems[s])),
-            fontsize=8, color=colour, loc="left",
-        )  # fmt: skip
-        ax.tick_params(labelsize=8)
-        _open(ax)
-    top.supxlabel("draw", fontsize=9)
-    top.supylabel("nβ (L − L(w*))", fontsize=9)
-    ax = bottom.subplots()
-    colours = (BLUE, ORANGE, GREEN, VERMILLION, "#CC79A7", "#56B4E9", "black")
-    pairs = sorted(
-        {(float(n), float(g)) for n, g in zip(sweep.nbeta, sweep.localization, strict=True)}
-    )
-    for i, (nbeta, localization) in enumerate(pairs):
-        chosen = (
-            (sweep.nbeta == nbeta) & (sweep.localization == localization) & np.isfinite(sweep.llc)
-        )
-        order = np.flatnonzero(chosen)[np.argsort(sweep.step_size[chosen])]
-        colour, label = colours[i % len(colours)], f"nβ = {nbeta:.4g}, γ = {localization:.4g}"
-        x, y, error = sweep.step_size[order], sweep.llc[order], 1.96 * sweep.stderr[order]
-        ax.errorbar(x, y, error, color=colour, capsize=3, linewidth=1, label=label)
-        for kind, fill in ((sweep.healthy[order], colour), (~sweep.healthy[order], "white")):
-            ax.plot(x[kind], y[kind], "o", color=colour, markerfacecolor=fill, markersize=6)
-    ax.set_xscale("log")
-    ax.set_xlabel("step size ε")
-    ax.set_ylabel("λ̂ = nβ (⟨L⟩ − L(w*))")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _open(ax)
-    return figure
+    return root_of(ax)
 
 
 def loadings(
@@ -272,7 +220,7 @@ def loadings(
     values = np.asarray(directions.loadings)[:num]
     number, rows = values.shape
     if ax is None:
-        ax = _figure(3.2 + 0.45 * rows, 1.5 + 0.36 * number).subplots()
+        ax = figure_of(3.2 + 0.45 * rows, 1.5 + 0.36 * number).subplots()
     image = ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     for k in range(number):
         for i in range(rows):
@@ -296,7 +244,7 @@ def loadings(
     ax.set_title("Loadings of principal directions", loc="left")
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
     bar.outline.set_visible(False)
-    return _root(ax)
+    return root_of(ax)
 
 
 def heads(
@@ -326,7 +274,7 @@ def heads(
         raise ValueError(f"values must be [layer, H], got shape {list(grid.shape)}")
     layers, number = grid.shape
     if ax is None:
-        ax = _figure(1.9 + 0.55 * number, 1.3 + 0.5 * layers).subplots()
+        ax = figure_of(1.9 + 0.55 * number, 1.3 + 0.5 * layers).subplots()
     limit = limit or float(np.nanmax(np.abs(grid), initial=0.0)) or 1.0
     image = ax.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for layer, head in zip(*np.nonzero(np.isfinite(grid)), strict=True):
@@ -344,7 +292,7 @@ def heads(
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
     bar.set_label(label)
     bar.outline.set_visible(False)
-    return _root(ax)
+    return root_of(ax)
 
 
 def tokens(
@@ -464,20 +412,6 @@ def _drawable(text: str) -> str:
     """The text as the font can draw it, a character a cell."""
     shown = visible(text.replace("\t", "    "))
     return "".join(c if ord(c) in _known_characters() else "·" for c in shown)
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained", dpi=150)
-
-
-def _root(ax: Axes) -> Figure:
-    """The whole figure, also where the axes lie in a part of one."""
-    return ax.figure if isinstance(ax.figure, Figure) else ax.figure.figure
-
-
-def _open(ax: Axes) -> None:
-    """No frame on the right and at the top."""
-    ax.spines[["right", "top"]].set_visible(False)
 
 
 def _unit_scale(values: np.ndarray) -> tuple[float, str]:

@@ -149,7 +149,8 @@ def sweep(
     Args:
         key: typed key.
         posterior: what to sample; its own nβ and γ are not used.
-        plan: lengths and numbers, the same for all settings.
+        plan: lengths and numbers, the same for all settings; without numbers those that the
+            slowest of them asks for.
         step_sizes: values of ε.
         nbetas: values of nβ.
         localizations: values of γ.
@@ -159,7 +160,8 @@ def sweep(
         tolerance: how far the temperature may be from 1.
 
     Returns:
-        A `Sweep`; `print` it, or draw it with `jaxpattern.plot.sweep`.
+        A `Sweep`; `print` it, or draw it with `jaxpattern.plot.sweep`. `calibrate` chooses the
+        settings by itself.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -175,7 +177,9 @@ def sweep(
             check_number(name, value, minimum=0.0, exclusive=exclusive)
     check_number("keep", keep, minimum=0.0)
     check_number("tolerance", tolerance, minimum=0.0, exclusive=True)
-    make_run(key, posterior, sampler(step_size=step_sizes[0]), plan)
+    held = [gamma for gamma in localizations if gamma > 0] or [0.0]
+    slowest = replace(posterior, localization=min(held))
+    plan = make_run(key, slowest, sampler(step_size=min(step_sizes)), plan).plan
     grid = np.stack(
         [x.ravel() for x in np.meshgrid(step_sizes, nbetas, localizations, indexing="ij")]
     )

@@ -72,7 +72,7 @@ def good() -> SimpleNamespace:
     return SimpleNamespace(
         posterior=posterior,
         head=jp.restrict(posterior, jp.by_path("a")),
-        plan=jp.Plan(num_chains=2, num_burnin=1, num_draws=4),
+        plan=jp.Plan(num_chains=2, num_burnin=1, num_draws=4, thin=1),
     )
 
 

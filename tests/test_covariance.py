@@ -399,7 +399,7 @@ def test_memory_of_the_columns_does_not_grow_with_the_draws():
     posterior = quadratic_posterior()
 
     def run(num_draws, key):
-        plan = jp.Plan(num_chains=2, num_burnin=0, num_draws=num_draws, num_batches=4)
+        plan = jp.Plan(num_chains=2, num_burnin=0, num_draws=num_draws, thin=1, num_batches=4)
         response = susceptibilities(
             key,
             posterior,

@@ -234,9 +234,23 @@ def grain_source(records):
     return importlib.import_module("grain").MapDataset.source(records) if has("grain") else None
 
 
+def test_the_settings_page_fails_and_repairs(capsys):
+    page = (DOCS / "howto" / "settings.md").read_text(encoding="utf-8")
+    blocks, scope = RUN.findall(page), {}
+    assert len(blocks) == 3
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"settings.md, block {i}", "exec"), scope)
+    first, second = capsys.readouterr().out.split("Proposed: ")[1:]
+    assert "step too large: εP" in first
+    assert "too little signal: the data lower" in first
+    assert "not settled: a flat direction" in second
+    assert scope["settings"].verdict == "healthy"
+    assert scope["lam"].verdict == "nothing found that speaks against it"
+
+
 def test_only_pages_that_are_tested_say_run():
     said = [page.name for page in PAGES if RUN.search(page.read_text(encoding="utf-8"))]
-    assert said == ["export.md", "extend.md", "influence.md"]
+    assert said == ["export.md", "extend.md", "influence.md", "settings.md"]
 
 
 def test_every_name_on_the_pages_exists():

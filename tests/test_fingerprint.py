@@ -259,7 +259,8 @@ def test_what_names_do_not_catch_is_seen_in_the_losses(tmp_path, monkeypatch):
         )
         return jp.llc(
             jax.random.key(0), posterior, jp.sgld(step_size=1e-2),
-            jp.Plan(num_chains=2, num_burnin=1, num_draws=4), progress=False, checkpoint=tmp_path,
+            jp.Plan(num_chains=2, num_burnin=1, num_draws=4, thin=1), progress=False,
+            checkpoint=tmp_path,
         )  # fmt: skip
 
     monkeypatch.setenv("USERS_SCALE", "1.0")

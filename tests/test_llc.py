@@ -190,7 +190,7 @@ def test_restricted_llc_counts_only_its_own_directions(free):
 
 
 def test_temperatures_vmapped_are_temperatures_one_by_one():
-    plan = jp.Plan(num_chains=3, num_burnin=0, num_draws=40, batch_size=2)
+    plan = jp.Plan(num_chains=3, num_burnin=0, num_draws=40, thin=1, batch_size=2)
     posterior, sampler = quadratic_posterior(), jp.sgld(step_size=STEP)
 
     def run(nbeta):
@@ -246,7 +246,7 @@ def deep_linear_result(widths, rank, nbeta):
             num_integration_steps=30,
         )
 
-    plan = jp.Plan(num_chains=100, num_burnin=0, num_draws=400, num_batches=1)
+    plan = jp.Plan(num_chains=100, num_burnin=0, num_draws=400, thin=1, num_batches=1)
     return jp.llc(jax.random.key(7), posterior, sampler, plan, progress=False)
 
 

@@ -14,7 +14,7 @@ loss = lambda params, x: 0.5 * ((params["w"] - x) ** 2).sum(axis=1)
 data = jnp.linspace(-1.0, 1.0, 1024).reshape(512, 2)
 posterior = jp.localized_posterior(loss, {"w": jnp.zeros(2)}, data, nbeta=5.0, localization=1.0)
 for draws in map(int, sys.argv[1:]):
-    plan = jp.Plan(num_chains=2, num_burnin=0, num_draws=draws, batch_size=4)
+    plan = jp.Plan(num_chains=2, num_burnin=0, num_draws=draws, thin=1, batch_size=4)
     response = jp.susceptibilities(
         jax.random.key(0), posterior, jp.sgld(step_size=0.01), plan, probes={"p": data},
         observables={"a": lambda params: params["w"][0]}, estimator=jp.covariance(),

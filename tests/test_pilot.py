@@ -51,7 +51,8 @@ def network(kind, **settings):
 
 
 def flown(posterior, step_size=1e-4, seed=0, sampler=jp.sgld, **plan):
-    run = make_run(jax.random.key(seed), posterior, sampler(step_size=step_size), jp.Plan(**plan))
+    plan = jp.Plan(num_burnin=1, thin=1, **plan)
+    run = make_run(jax.random.key(seed), posterior, sampler(step_size=step_size), plan)
     return fly(run, ComponentGroup())
 
 

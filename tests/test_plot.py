@@ -205,7 +205,8 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "jaxpattern.plot")
+    for name in ("plot", "plot_settings", "canvas"):
+        monkeypatch.delitem(sys.modules, f"jaxpattern.{name}")
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r'pip install "jaxpattern\[plot\]"'):
         importlib.import_module("jaxpattern.plot")

@@ -186,7 +186,7 @@ def test_half_precision_parameters():
         force_at(CENTRE, np.ones((N, T))),
         atol=0.05 * np.abs(force_at(CENTRE, np.ones((N, T)))).max(),
     )
-    plan = jp.Plan(num_chains=2, num_burnin=0, num_draws=3)
+    plan = jp.Plan(num_chains=2, num_burnin=0, num_draws=3, thin=1)
     trace = jp.sample(
         KEY, posterior, jp.sgld(step_size=1e-2), plan, lambda p: p["w"], progress=False
     )

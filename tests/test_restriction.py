@@ -201,7 +201,7 @@ def test_a_lens_of_the_users_own(posterior):
     np.testing.assert_allclose(part.loss_gradient(z), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="must select coordinates"):
         jp.restriction_mask(low_rank(basis), posterior.params)
-    plan = jp.Plan(num_chains=2, num_burnin=2, num_draws=4)
+    plan = jp.Plan(num_chains=2, num_burnin=2, num_draws=4, thin=1)
     sampler = jp.sgld(step_size=1e-3)
     trace = jp.sample(KEY, part, sampler, plan, lambda p: p["mlp"][0], progress=False)
     moves = (np.asarray(trace) - np.asarray(posterior.params["mlp"][0])).reshape(-1, 20)

@@ -148,7 +148,7 @@ def test_sgld_has_the_exact_law_with_step_bias_and_minibatch_temperature(batch_s
         gradient_variance=0.0 if batch_size is None else CURVATURE**2,
         batch_size=batch_size or 1,
     )
-    plan = jp.Plan(num_chains=256, num_burnin=0, num_draws=4100, batch_size=batch_size)
+    plan = jp.Plan(num_chains=256, num_burnin=0, num_draws=4100, thin=1, batch_size=batch_size)
     posterior = quadratic_posterior(centres, np.zeros(2))
     trace = draw(jax.random.key(2), posterior, jp.sgld(step_size=step), plan, warmup=100)
     correlation = euler.autocorrelation(

@@ -17,6 +17,7 @@ from scipy import stats
 from support import doomed
 
 import jaxpattern as jp
+from jaxpattern.chains.run import make_run
 from jaxpattern.losses import losses_in_chunks
 
 N, D = 9, 4
@@ -211,7 +212,7 @@ def test_reverse_mode_through_a_chain():
     """The derivative of what a short chain computes, against central differences in float64."""
     with jax.enable_x64(True):
         posterior = make(jnp.float64)
-        plan = jp.Plan(num_chains=2, num_burnin=1, num_draws=2, batch_size=4)
+        plan = jp.Plan(num_chains=2, num_burnin=1, num_draws=2, thin=1, batch_size=4)
         target = jnp.asarray(RNG.normal(size=(2, 2, 2, 2)))
 
         def summary(x):
@@ -439,5 +440,29 @@ def test_a_plan_counts_its_steps_and_batches():
     assert replace(plan, num_chains=3).batches == 7
     assert replace(plan, num_chains=64).batches == 1
     assert replace(plan, num_chains=1, num_draws=3).batches == 3
-    assert plan == jp.Plan(num_chains=4, num_draws=50, thin=10)
+    assert plan == jp.Plan(num_chains=4, num_burnin=100, num_draws=50, thin=10)
     assert len({plan, replace(plan), replace(plan, thin=3)}) == 2
+
+
+@pytest.mark.parametrize(("sampler", "localization", "numbers"), [
+    (jp.sgld(step_size=1e-3), 100.0, (120, 10)),  # 2/(εγ) = 20 steps
+    (jp.sgld(step_size=1e-2), 100.0, (12, 1)),
+    (jp.sgld(step_size=1e-3), 0.0, (100, 1)),  # never settles: no relaxation time
+    (jp.mala(step_size=1e-3), 100.0, (100, 1)),  # says nothing of its own
+])  # fmt: skip
+def test_a_plan_without_numbers_takes_them_from_the_relaxation_time(sampler, localization, numbers):
+    posterior = make(localization=localization)
+    with pytest.raises(ValueError, match="num_burnin or no thin yet"):
+        _ = jp.Plan().num_steps
+    run = make_run(KEY, posterior, sampler, jp.Plan(num_draws=7))
+    assert (run.plan.num_burnin, run.plan.thin) == numbers
+    assert str(run.plan).startswith(f"Plan(num_chains=4, num_burnin={numbers[0]}, num_draws=7, th")
+    one = make_run(KEY, posterior, sampler, jp.Plan(num_burnin=3))
+    assert (one.plan.num_burnin, one.plan.thin) == (3, numbers[1])
+    assert jp.Run(KEY, posterior, sampler, jp.Plan(num_draws=7)).plan == run.plan
+
+
+def test_a_plan_without_numbers_does_not_grow_without_a_word():
+    with pytest.warns(jp.UnreliableWarning, match="a relaxation time is 50000 steps"):
+        run = make_run(KEY, make(), jp.sgld(step_size=1e-5), jp.Plan())
+    assert (run.plan.num_burnin, run.plan.thin) == (3000, 250)

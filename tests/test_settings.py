@@ -80,7 +80,7 @@ def exact(centres):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers(posterior, centres, sampler):
     key = jax.random.key(1)
-    plan = jp.Plan(num_chains=4, num_burnin=60, num_draws=50)
+    plan = jp.Plan(num_chains=4, num_burnin=60, num_draws=50, thin=1)
     trace = np.asarray(
         jp.sample(key, posterior, SAMPLERS[sampler](), plan, lambda p: p["w"], progress=False)
     )
@@ -179,7 +179,7 @@ def test_keys_of_other_generators_make_independent_chains_of_any_chunking(centre
         np.asarray(
             jp.sample(
                 key, posterior, jp.sgld(step_size=2e-2),
-                jp.Plan(num_chains=4, num_burnin=0, num_draws=2, chains_at_once=at_once),
+                jp.Plan(num_chains=4, num_burnin=0, num_draws=2, thin=1, chains_at_once=at_once),
                 lambda p: p["w"], progress=False,
             )
         )

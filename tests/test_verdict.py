@@ -44,7 +44,7 @@ def test_healthy_chains(estimator, recwarn):
 
 def test_a_chain_shorter_than_its_memory():
     with pytest.warns(jp.UnreliableWarning, match=r"% of the adjoint is left"):
-        chi(jp.sgld(step_size=1e-4), jp.Plan(), jp.pathwise())
+        chi(jp.sgld(step_size=1e-4), jp.Plan(num_burnin=100, thin=1), jp.pathwise())
 
 
 def test_a_step_too_large():
@@ -61,7 +61,7 @@ def test_chains_that_do_not_move():
 
 
 def test_chains_that_drift():
-    plan = jp.Plan(num_chains=4, num_burnin=0, num_draws=100)
+    plan = jp.Plan(num_chains=4, num_burnin=0, num_draws=100, thin=1)
     with pytest.warns(jp.UnreliableWarning, match="drifting|disagree"):
         jp.llc(KEY, posterior(), jp.sgld(step_size=1e-5), plan, progress=False)
 

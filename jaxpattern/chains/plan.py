@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import jax
 
 from jaxpattern.validation import check_count
 
 _WANTED_BATCHES = 20
+LONGEST = 500  # steps of a relaxation time, which a plan without numbers goes along with
+_UNKNOWN = (100, 1)
+
+Length = Any  # an integer, or None until a run knows the relaxation time
 
 
 @jax.tree_util.register_static
@@ -16,11 +22,14 @@ _WANTED_BATCHES = 20
 class Plan:
     """How many chains, how long, how dense. Static: it holds no arrays.
 
+    Burn-in and thinning without numbers are taken from the relaxation time of the sampler and
+    posterior they are used with: 6 and ½ of it (`completed`). A component has the same.
+
     Attributes:
         num_chains: independent chains, all started at w*.
-        num_burnin: steps thrown away at the start of a chain.
+        num_burnin: steps thrown away at the start of a chain; None: from the relaxation time.
         num_draws: draws kept of a chain.
-        thin: steps from draw to draw.
+        thin: steps from draw to draw; None: from the relaxation time.
         batch_size: samples of the data in a step, drawn with replacement; None: all of them.
         num_batches: groups of consecutive draws a chain is cut into for standard errors. By
             default as many as make 20 over all chains. A group should span many relaxation times.
@@ -30,9 +39,9 @@ class Plan:
     """
 
     num_chains: int = 4
-    num_burnin: int = 100
+    num_burnin: Length = None
     num_draws: int = 100
-    thin: int = 1
+    thin: Length = None
     batch_size: int | None = None
     num_batches: int | None = None
     chunk: int | None = None
@@ -40,12 +49,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_count("num_chains", self.num_chains, minimum=1)
-        check_count("num_burnin", self.num_burnin, minimum=0)
         check_count("num_draws", self.num_draws, minimum=2)
-        check_count("thin", self.thin, minimum=1)
-        for name in ("batch_size", "num_batches", "chunk", "chains_at_once"):
+        for name in ("num_burnin", "thin", "batch_size", "num_batches", "chunk", "chains_at_once"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), minimum=1)
+                check_count(name, getattr(self, name), minimum=0 if name == "num_burnin" else 1)
         if self.batches > self.num_draws:
             raise ValueError(
                 f"num_batches must be at most num_draws = {self.num_draws}, got {self.num_batches}"
@@ -70,5 +77,36 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Sampler steps of a chain."""
+        """Sampler steps of a chain.
+
+        Raises:
+            ValueError: burn-in or thinning have no numbers yet.
+        """
+        if self.is_open:
+            raise ValueError(
+                "plan has no num_burnin or no thin yet: a run takes them from the relaxation time"
+            )
         return self.num_burnin + self.num_draws * self.thin
+
+    @property
+    def is_open(self) -> bool:
+        """Whether burn-in or thinning wait for a relaxation time."""
+        return self.num_burnin is None or self.thin is None
+
+    def completed(self, relaxation: float | None) -> Plan:
+        """The plan with numbers, from a relaxation time in steps.
+
+        Burn-in is 6 relaxation times, as many as the window of `pathwise`, and thinning half of
+        one. One beyond 500 steps counts as 500: at most 3,000 steps of burn-in, and 250 from draw
+        to draw. Where none is known (another sampler, γ = 0, settings that are being traced) they
+        are 100 and 1.
+        """
+        burnin, thin = _UNKNOWN
+        if relaxation is not None:
+            time = min(relaxation, LONGEST)
+            burnin, thin = math.ceil(round(6 * time, 2)), max(1, round(time / 2))
+        return replace(
+            self,
+            num_burnin=burnin if self.num_burnin is None else self.num_burnin,
+            thin=thin if self.thin is None else self.thin,
+        )

@@ -9,11 +9,12 @@ import jax
 from jaxtyping import Array, Key
 
 from jaxpattern.chains.kernel import as_sampler
-from jaxpattern.chains.plan import Plan
+from jaxpattern.chains.plan import LONGEST, Plan
 from jaxpattern.posterior import Posterior
 from jaxpattern.samplers import Sampler
 from jaxpattern.types import Position
 from jaxpattern.validation import check_function, check_key, check_number, own_streams
+from jaxpattern.verdict import warn
 
 
 @jax.tree_util.register_dataclass
@@ -28,13 +29,18 @@ class Run:
         key: typed key; `make_run` makes a threefry key of one of another kind (`own_streams`).
         posterior: what to sample.
         sampler: how.
-        plan: lengths and numbers; static.
+        plan: lengths and numbers, those left open are completed here; static.
     """
 
     key: Key[Array, "..."]
     posterior: Posterior
     sampler: Sampler
     plan: Plan = field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if self.plan.is_open:
+            plan = self.plan.completed(self.sampler.relaxation(self.posterior))
+            object.__setattr__(self, "plan", plan)
 
     @property
     def batch(self) -> int:
@@ -66,13 +72,20 @@ def make_run(key: Any, posterior: Any, sampler: Any, plan: Any) -> Run:
         )
     sampler = as_sampler(sampler, posterior)
     _check_state(key, posterior, sampler)
-    _check_step(posterior, sampler)
+    relaxation = sampler.relaxation(posterior)
+    _check_step(relaxation)
+    if relaxation is not None and relaxation > LONGEST and plan.is_open:
+        warn(
+            f"plan: a relaxation time is {relaxation:.0f} steps, and a plan without num_burnin and "
+            f"thin goes along with at most {LONGEST}: chains will not settle in flat directions. "
+            "Take a larger step_size or localization (see jp.calibrate), or give the numbers",
+            stacklevel=3,
+        )
     return Run(own_streams(key), posterior, sampler, plan)
 
 
-def _check_step(posterior: Posterior, sampler: Sampler) -> None:
+def _check_step(relaxation: float | None) -> None:
     """εγ < 2: beyond, the chain leaves even where the loss is flat."""
-    relaxation = sampler.relaxation(posterior)
     if relaxation is not None and relaxation <= 1:
         raise ValueError(
             f"step_size is too large for the localization: εγ = {2 / relaxation:.3g}, and chains "
