@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:the weights are predicted")
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:weights run from")
 @pytest.mark.filterwarnings("ignore:the adjoint grew")
 def test_measures_steers_and_goes_on_from_its_stages(folder, tmp_path, capsys):
