@@ -387,7 +387,8 @@ def test_what_is_known_to_be_wrong_with_a_sampler_is_said():
     posterior = quadratic_posterior()
     measure = partial(
         jp.susceptibilities, jax.random.key(0), posterior,
-        plan=jp.Plan(2, num_burnin=2, num_draws=4, thin=1), observables={"first": lambda p: p["w"][0]},
+        plan=jp.Plan(2, num_burnin=2, num_draws=4, thin=1),
+        observables={"first": lambda p: p["w"][0]},
         probes={"all": posterior.data}, estimator=jp.covariance(), progress=False,
     )  # fmt: skip
     assert "without the drift Γ" in measure(sampler=jp.rmsprop_sgld(step_size=1e-4)).estimator
