@@ -55,13 +55,11 @@ class Settings(NamedTuple):
     localization: float = 5e4
     step_size: float = 3e-6
     measure: jp.Plan = jp.Plan(
-        num_chains=4, num_burnin=45, num_draws=2, thin=12, num_batches=2, batch_size=8,
-        chains_at_once=1,
-    )  # fmt: skip
+        num_chains=4, num_burnin=45, num_draws=2, thin=12, num_batches=2, batch_size=8
+    )
     check: jp.Plan = jp.Plan(
-        num_chains=4, num_burnin=45, num_draws=8, thin=6, num_batches=4, batch_size=8,
-        chains_at_once=1,
-    )  # fmt: skip
+        num_chains=4, num_burnin=45, num_draws=8, thin=6, num_batches=4, batch_size=8
+    )
 
 
 QUICK = Settings(
@@ -111,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         params, _ = jp.train(
             seeds, loss_fn, start, data, optimizer, num_steps=settings.steps,
             batch_size=settings.batch_size, weights=token_weights(mixture, train),
-            seeds_at_once=1,
         )  # fmt: skip
         return params, np.asarray(losses_of(params))
 

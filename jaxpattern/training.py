@@ -117,9 +117,8 @@ def train(
         mesh: where it runs, see `jaxpattern.mesh`; None: the current mesh, or one device. Seeds are
             dealt out over `chain`; the samples of a batch are cut over `data`, which changes
             the order of sums and so the last bits.
-        seeds_at_once: seeds a device trains together, the others wait; None: all it has. On a CPU
-            one at a time takes less memory and, for all but the smallest models, less time; the
-            last bits change.
+        seeds_at_once: seeds a device trains together while the others wait, where memory is short;
+            None: all it has. The last bits depend on it.
 
     Returns:
         The trained parameters and a `History`. A step whose loss or gradient is not finite
