@@ -12,6 +12,7 @@ from jaxpattern.validation import check_count
 
 _WANTED_BATCHES = 20
 LONGEST = 500  # steps of a relaxation time, which a plan without numbers goes along with
+_LENGTHS = ("num_burnin", "thin")
 _UNKNOWN = (100, 1)
 
 Length = Any  # an integer, or None until a run knows the relaxation time
@@ -22,14 +23,16 @@ Length = Any  # an integer, or None until a run knows the relaxation time
 class Plan:
     """How many chains, how long, how dense. Static: it holds no arrays.
 
-    Burn-in and thinning without numbers are taken from the relaxation time of the sampler and
-    posterior they are used with: 6 and ½ of it (`completed`). A component has the same.
+    Where neither burn-in nor thinning is given, both are taken from the relaxation time of the
+    sampler and posterior they are used with: 6 and ½ of it (`completed`). A component has the same.
 
     Attributes:
         num_chains: independent chains, all started at w*.
-        num_burnin: steps thrown away at the start of a chain; None: from the relaxation time.
+        num_burnin: steps thrown away at the start of a chain; None: from the relaxation time, or
+            100 where `thin` is given.
         num_draws: draws kept of a chain.
-        thin: steps from draw to draw; None: from the relaxation time.
+        thin: steps from draw to draw; None: from the relaxation time, or 1 where `num_burnin` is
+            given.
         batch_size: samples of the data in a step, drawn with replacement; None: all of them.
         num_batches: groups of consecutive draws a chain is cut into for standard errors. By
             default as many as make 20 over all chains. A group should span many relaxation times.
@@ -48,6 +51,10 @@ class Plan:
     chains_at_once: int | None = None
 
     def __post_init__(self) -> None:
+        # Who gives one of the two means numbers: the other is what it always was.
+        for name, other, usual in zip(_LENGTHS, reversed(_LENGTHS), _UNKNOWN, strict=True):
+            if getattr(self, name) is None and getattr(self, other) is not None:
+                object.__setattr__(self, name, usual)
         check_count("num_chains", self.num_chains, minimum=1)
         check_count("num_draws", self.num_draws, minimum=2)
         for name in ("num_burnin", "thin", "batch_size", "num_batches", "chunk", "chains_at_once"):
