@@ -175,6 +175,7 @@ def _overdamped(posterior: Posterior, settings: dict[str, Any]) -> float:
 
 
 def noise_of(noise: str, flat: Any, leaf: Any) -> Any:
+    """One of two, by how noise is drawn."""
     if noise not in ("flat", "leaf"):
         raise ValueError(f"noise must be 'flat' or 'leaf', got {noise!r}")
     return flat if noise == "flat" else leaf

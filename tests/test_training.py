@@ -103,10 +103,24 @@ def test_seeds_at_once_chunks_and_vmap_give_the_same_bits():
         lambda key: jp.train(key, loss_fn, START, CENTRES, progress=False, **settings)[0]
     )(three_keys())
     np.testing.assert_allclose(mapped["w"], together["w"], rtol=1e-6)
+    for at_once in (1, 2):
+        waiting, _ = jp.train(
+            three_keys(), loss_fn, stacked, CENTRES, seeds_at_once=at_once, **settings
+        )
+        np.testing.assert_allclose(waiting["w"], together["w"], rtol=1e-6)
     chunked, _ = jp.train(three_keys()[0], loss_fn, START, CENTRES, progress=True, **settings)
     whole, _ = jp.train(three_keys()[0], loss_fn, START, CENTRES, progress=False, **settings)
     np.testing.assert_array_equal(chunked["w"], whole["w"])
     np.testing.assert_array_equal(np.asarray(history.step[0])[[0, 1, -1]], [0, 6, 101])
+
+
+def test_no_seed_at_once_is_refused():
+    stacked = {"w": jnp.zeros((3, 3))}
+    with pytest.raises(ValueError, match="seeds_at_once must be"):
+        jp.train(
+            three_keys(), loss_fn, stacked, CENTRES, optax.sgd(0.1), num_steps=2, batch_size=5,
+            seeds_at_once=0,
+        )  # fmt: skip
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():

@@ -49,6 +49,7 @@ class Rows(NamedTuple):
 
 
 def flatten(measured: Measured, columns: Columns) -> Rows:
+    """All columns side by side, projected on weights of mean 1."""
     nbeta = measured.nbeta
     mass = columns.join(measured.mass).astype(nbeta.dtype)
     mass = mass / jnp.sum(mass)

@@ -214,6 +214,7 @@ def _decode_bytes(tokens: Sequence[int]) -> str:
 
 
 def check_decode(decode: Any, tokens: np.ndarray) -> Decode:
+    """What turns tokens into text: as given, or bytes as UTF-8 where all tokens are bytes."""
     if decode is not None:
         check_function("decode", decode, "a function of a list of tokens", num_arguments=1)
         return decode

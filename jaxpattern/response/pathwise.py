@@ -151,30 +151,25 @@ class Pathwise:
                 raise ValueError(f"reweight_observable needs mode='adjoint', got {self.mode!r}")
         pilots = {group.ids: fly(run, group) for group in problem.groups}
         forwards = self.product_of(run, pilots)
-        product = self.product_of(run, pilots, problem.num_rows)
+        tangent = Tangent(self.probe_batch, self.antithetic, forwards, 1.0, self.growth_limit)
 
-        def tangent(width: float) -> Response:
-            measure = Tangent(self.probe_batch, self.antithetic, forwards, width, self.growth_limit)
-            return measure(run, problem, host, pilots)
+        def forth(width: float) -> Response:
+            return replace(tangent, width=width)(run, problem, host, pilots)
 
         if self.mode == "tangent":
-            return self._settled(self._widened(tangent, forwards), run, problem, host)
+            return self._settled(self._widened(forth, forwards), run, problem, host)
         gradients = [p.gradient for p in pilots.values() if p is not None]
         gradient = float(np.max(np.concatenate(gradients))) if gradients else None
         sweep = self.sweep(run, problem, gradient)
+        product = self.product_of(run, pilots, problem.num_rows)
+        if self.mode == "auto" and tangent.cost(run, problem) < self.cost(sweep, problem, product):
+            return self._settled(self._widened(forth, forwards), run, problem, host)
 
-        def adjoint(width: float) -> Response:
+        def back(width: float) -> Response:
             return self._adjoint(sweep, problem, host, product, width, pilots)
 
-        measure, used = adjoint, product
-        if self.mode == "auto":
-            forth = Tangent(self.probe_batch, self.antithetic, forwards, 1.0, self.growth_limit)
-            if forth.cost(run, problem) < self.cost(sweep, problem, product):
-                measure, used = tangent, forwards
-        response = self._settled(
-            self._widened(measure, used), sweep.run if measure is adjoint else run, problem, host
-        )
-        return group_mean(response) if self.mode == "auto" and measure is adjoint else response
+        response = self._settled(self._widened(back, product), sweep.run, problem, host)
+        return group_mean(response) if self.mode == "auto" else response
 
     def _widened(self, measure: Callable[[float], Response], product: Product) -> Response:
         """χ by secants as wide as the noise of a step, and wider where it grew."""
