@@ -108,12 +108,10 @@ class Plan:
         to draw. Where none is known (another sampler, γ = 0, settings that are being traced) they
         are 100 and 1.
         """
+        if not self.is_open:
+            return self
         burnin, thin = _UNKNOWN
         if relaxation is not None:
             time = min(relaxation, LONGEST)
             burnin, thin = math.ceil(round(6 * time, 2)), max(1, round(time / 2))
-        return replace(
-            self,
-            num_burnin=burnin if self.num_burnin is None else self.num_burnin,
-            thin=thin if self.thin is None else self.thin,
-        )
+        return replace(self, num_burnin=burnin, thin=thin)
