@@ -19,20 +19,11 @@ def calibration(settings: Calibration, *, max_columns: int = 4) -> Figure:
     """
     number = len(settings.llc)
     columns = min(max_columns, number)
-    rows = -(-number // columns)
-    figure = figure_of(max(3.1 * columns, 6.5), 2.0 * rows + 2.6)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[2.0 * rows, 2.6])
-    top, bottom = parts
-    panels = np.ravel(top.subplots(rows, columns, sharex=True, squeeze=False))
-    for ax in panels[number:]:
-        ax.set_visible(False)
-    for s, ax in zip(range(number), panels, strict=False):
+    figure, panels, ax = _multiples(number, columns, 2.6)
+    for s, panel in zip(range(number), panels, strict=True):
         names = dict.fromkeys(problem.split(":")[0] for problem in settings.problems[s])
         name = "→ " * (s == settings.proposed) + f"{s}" + ", given" * (s == 0) + ": "
-        _chains(ax, settings, s, tuple(names), name)
-    top.supxlabel("draw", fontsize=9)
-    top.supylabel("nβ (L − L(w*))", fontsize=9)
-    ax = bottom.subplots()
+        _chains(panel, settings, s, tuple(names), name)
     for s in map(int, np.flatnonzero(np.isfinite(settings.llc))):
         color = BLUE if settings.healthy[s] else VERMILLION
         fill = color if s == settings.proposed else "white"
@@ -55,19 +46,10 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
     """
     number = len(sweep.llc)
     columns = min(max_columns, len(np.unique(sweep.step_size)))
-    rows = -(-number // columns)
-    figure = figure_of(max(3.1 * columns, 6.5), 2.0 * rows + 3.2)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[2.0 * rows, 3.2])
-    top, bottom = parts
-    panels = np.ravel(top.subplots(rows, columns, sharex=True, squeeze=False))
-    for ax in panels[number:]:
-        ax.set_visible(False)
+    figure, panels, ax = _multiples(number, columns, 3.2)
     order = np.lexsort((sweep.step_size, sweep.localization, sweep.nbeta))
-    for s, ax in zip(order, panels, strict=False):
-        _chains(ax, sweep, int(s), sweep.problems[s])
-    top.supxlabel("draw", fontsize=9)
-    top.supylabel("nβ (L − L(w*))", fontsize=9)
-    ax = bottom.subplots()
+    for s, panel in zip(order, panels, strict=True):
+        _chains(panel, sweep, int(s), sweep.problems[s])
     colours = (BLUE, ORANGE, GREEN, VERMILLION, "#CC79A7", "#56B4E9", "black")
     pairs = sorted(
         {(float(n), float(g)) for n, g in zip(sweep.nbeta, sweep.localization, strict=True)}
@@ -88,6 +70,20 @@ def sweep(sweep: Sweep, *, max_columns: int = 4) -> Figure:
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     open_frame(ax)
     return figure
+
+
+def _multiples(number: int, columns: int, lower: float) -> tuple[Figure, np.ndarray, Axes]:
+    """So many panels for chains, and below them axes of that height in inches."""
+    rows = -(-number // columns)
+    figure = figure_of(max(3.1 * columns, 6.5), 2.0 * rows + lower)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.0 * rows, lower])
+    top, bottom = parts
+    panels = np.ravel(top.subplots(rows, columns, sharex=True, squeeze=False))
+    for ax in panels[number:]:
+        ax.set_visible(False)
+    top.supxlabel("draw", fontsize=9)
+    top.supylabel("nβ (L − L(w*))", fontsize=9)
+    return figure, panels[:number], bottom.subplots()
 
 
 def _chains(

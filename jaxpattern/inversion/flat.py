@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxpattern.response.columns import Columns
 from jaxpattern.response.result import Response
+from jaxpattern.response.shares import mean_stderr
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -41,7 +42,7 @@ class Rows(NamedTuple):
     def stderr(self, change: Array) -> Array:
         """Its standard error at fixed weights, from the batches, or from the two halves."""
         if self.batches is not None:
-            return mean_stderr(product(self.batches, self.mass * change).T)
+            return mean_stderr(product(self.batches, self.mass * change))
         if self.halves is None:
             return jnp.full(self.matrix.shape[0], jnp.nan, self.matrix.dtype)
         first, second = product(self.halves, self.mass * change)
@@ -87,17 +88,6 @@ def normalized(change: Array, mass: Array) -> tuple[Array, Array]:
     excess = jnp.sum(mass * change)
     mean = jnp.where(1 + excess > 0, 1 + excess, jnp.nan)
     return (change - excess) / mean, mean
-
-
-def mean_stderr(batches: Array) -> Array:
-    """Standard error of the mean over the last axis, NaN left out; derivative 0 at no spread."""
-    valid = ~jnp.isnan(batches)
-    count = jnp.sum(valid, axis=-1, dtype=batches.dtype)
-    mean = jnp.sum(jnp.where(valid, batches, 0.0), axis=-1) / jnp.maximum(count, 1)
-    squares = jnp.sum(jnp.where(valid, batches - mean[:, None], 0.0) ** 2, axis=-1)
-    error = squares / jnp.maximum(count * (count - 1), 1)
-    root = jnp.where(error > 0, jnp.sqrt(jnp.where(error > 0, error, 1.0)), 0.0)
-    return jnp.where(count > 1, root, jnp.nan)
 
 
 def _two_halves(response: Response) -> bool:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxpattern import tables, verdict
 from jaxpattern.response.columns import Columns
+from jaxpattern.response.shares import mean_stderr
 from jaxpattern.validation import check_names, check_number, is_concrete
 
 if TYPE_CHECKING:
@@ -237,14 +238,10 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
     def mean(values: Mapping[str, Array]) -> dict[str, Array]:
         return groups.split(columns.mean(columns.join(values), mass))
 
-    def stderr(batches: Array) -> Array:
-        number = jnp.sum(~jnp.isnan(batches), axis=0, dtype=batches.dtype)
-        return jnp.nanstd(batches, axis=0, ddof=1) / jnp.sqrt(number)
-
     return replace(
         response,
         chi=mean(response.chi),
-        stderr={name: stderr(response.batches[name]) for name in columns.names},
+        stderr={name: mean_stderr(response.batches[name]) for name in columns.names},
         halves=mean(response.halves) if set(response.halves) == set(columns.names) else {},
         mass=share,
         base=response.base if columns.grouped else response.mass,
@@ -301,19 +298,9 @@ def effects(response: Response) -> tuple[np.ndarray, np.ndarray]:
         if columns.grouped:
             sigma = np.asarray(response.stderr[name], np.float64)
         elif known:
-            sigma = _spread(np.asarray(response.batches[name], np.float64))
+            sigma = mean_stderr(np.asarray(response.batches[name], np.float64))
         else:
             sigma = np.full(rows, np.nan)
         error.append(sigma * mass.sum())
     nbeta = float(response.nbeta)
     return nbeta * np.stack(effect, axis=-1), nbeta * np.stack(error, axis=-1)
-
-
-def _spread(batches: np.ndarray) -> np.ndarray:
-    """Standard error of the mean of estimates `[G, K]`, those that are NaN left out."""
-    alive = ~np.isnan(batches)
-    number = alive.sum(axis=0)
-    with np.errstate(all="ignore"):
-        mean = np.where(alive, batches, 0).sum(axis=0) / number
-        squares = np.where(alive, (batches - mean) ** 2, 0).sum(axis=0)
-        return np.sqrt(squares / (number - 1) / number)

@@ -154,3 +154,18 @@ def column_mean(values: Float[Array, "..."], mass: Float[Array, "*columns"]) -> 
     axes = tuple(range(-mass.ndim, 0))
     share = jnp.broadcast_to(mass / jnp.sum(mass), values.shape)
     return jnp.sum(jnp.where(share == 0, 0, share * values), axis=axes)
+
+
+def mean_stderr(batches: Float[Array | np.ndarray, "groups ..."]) -> Any:
+    """Standard error of the mean over groups of draws, those that are NaN left out.
+
+    NaN of fewer than two; of equal groups 0, with derivative 0. By NumPy for what NumPy holds.
+    """
+    xp = np if isinstance(batches, np.ndarray) else jnp
+    valid = ~xp.isnan(batches)
+    count = xp.sum(valid, axis=0, dtype=batches.dtype)
+    mean = xp.sum(xp.where(valid, batches, 0.0), axis=0) / xp.maximum(count, 1)
+    squares = xp.sum(xp.where(valid, batches - mean[None], 0.0) ** 2, axis=0)
+    error = squares / xp.maximum(count * (count - 1), 1)
+    root = xp.where(error > 0, xp.sqrt(xp.where(error > 0, error, 1.0)), 0.0)
+    return xp.where(count > 1, root, xp.nan)
