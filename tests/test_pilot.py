@@ -145,3 +145,23 @@ def test_a_negative_llc_is_no_minimum():
     plan = jp.Plan(num_chains=4, num_burnin=200, num_draws=50, thin=20)
     with pytest.warns(jp.UnreliableWarning, match="not at a minimum"):
         jp.llc(jax.random.key(0), posterior, jp.sgld(step_size=1e-2), plan, progress=False)
+
+
+def test_mini_batches_that_heat_the_chain_speak_against_covariances_alone():
+    """A derivative of the chain has no such bias to first order: χ of a linear φ is exact."""
+    slopes = np.asarray([-1.0, 1.0] * 32, np.float32)
+    posterior = jp.localized_posterior(
+        lambda p, b: 0.5 * p["w"][0] ** 2 + b * p["w"][0],
+        {"w": jnp.zeros(1)}, jnp.asarray(slopes), nbeta=200.0, localization=1.0,
+    )  # fmt: skip
+    plan = jp.Plan(num_chains=4, num_burnin=2500, num_draws=100, thin=20, batch_size=2)
+    measure = lambda estimator: jp.susceptibilities(  # noqa: E731
+        jax.random.key(0), posterior, jp.sgld(step_size=1e-3), plan, progress=False,
+        observables={"w": lambda p: p["w"][0]}, probes={"all": posterior.data},
+        estimator=estimator,
+    )  # fmt: skip
+    response = measure(jp.pathwise())
+    assert "temperature" not in response.verdict
+    np.testing.assert_allclose(response.chi["all"][0], -slopes / 201.0, rtol=0.02)
+    with pytest.warns(jp.UnreliableWarning, match="mini-batches adds .* to the temperature"):
+        measure(jp.covariance())

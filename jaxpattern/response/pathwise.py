@@ -149,7 +149,10 @@ class Pathwise:
             check_reweighted(problem)
             if self.mode != "adjoint":
                 raise ValueError(f"reweight_observable needs mode='adjoint', got {self.mode!r}")
-        pilots = {group.ids: fly(run, group) for group in problem.groups}
+        # The derivative of the chain as it runs has no first-order bias from mini-batches that heat
+        # it; of what they do beyond that, the covariance of the same draws tells.
+        flown = {group.ids: fly(run, group) for group in problem.groups}
+        pilots = {ids: p and p._replace(heat=np.zeros_like(p.heat)) for ids, p in flown.items()}
         forwards = self.product_of(run, pilots)
         tangent = Tangent(self.probe_batch, self.antithetic, forwards, 1.0, self.growth_limit)
 
