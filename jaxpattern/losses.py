@@ -203,14 +203,8 @@ def check_finite_gradient(loss_fn: LossFn, params: Params, batch: Batch, weights
     mixed = np.flatnonzero(
         (rho == 0).reshape(len(rho), -1).any(axis=1) & (rho != 0).reshape(len(rho), -1).any(axis=1)
     )
-    mixed = mixed[:_CHECKED_SAMPLES]
-    if not len(mixed):
-        return
-    with jax.ensure_compile_time_eval():
-        rows = jax.device_put(np.resize(mixed, min(_CHECKED_SAMPLES, len(rho))).astype(np.int32))
-        finite = np.asarray(_finite_gradients(loss_fn, params, batch, weights, rows))[: len(mixed)]
-    if not finite.all():
-        bad = mixed[~finite]
+    bad = steep_samples(loss_fn, params, batch, weights, mixed)
+    if len(bad):
         raise ValueError(
             f"the gradient of loss_fn at params is not finite for samples {bad[:5].tolist()} of "
             "data, although their excluded losses (weight 0) are left out: a derivative of what is "
@@ -218,6 +212,19 @@ def check_finite_gradient(loss_fn: LossFn, params: Params, batch: Batch, weights
             "NaN. Feed it safe values there: jnp.where(mask, x, 1.0) before the function, and "
             "jnp.where(mask, loss, 0.0) behind it"
         )
+
+
+def steep_samples(
+    loss_fn: LossFn, params: Params, batch: Batch, weights: Array, samples: np.ndarray
+) -> np.ndarray:
+    """Which of some samples, of as many as are looked at, have a gradient that is not finite."""
+    samples = samples[:_CHECKED_SAMPLES]
+    if not len(samples):
+        return samples
+    with jax.ensure_compile_time_eval():
+        rows = np.resize(samples, min(_CHECKED_SAMPLES, len(weights))).astype(np.int32)
+        finite = _finite_gradients(loss_fn, params, batch, weights, jax.device_put(rows))
+    return samples[~np.asarray(finite)[: len(samples)]]
 
 
 @partial(jax.jit, static_argnums=0)

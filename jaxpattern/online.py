@@ -165,8 +165,8 @@ def pattern(
         old, away = phi(before.params), phi(control.params)
         due = dict(zip(rows, (old - away).mean(0).tolist(), strict=True))
         change = _choose(
-            response, asked, due, (r + 1) / num_rounds, method,
-            partial(_spread, present, sources), min_effective_share, base,
+            response, asked, due, (r + 1) / num_rounds, method=method,
+            spread=partial(_spread, present, sources), least=min_effective_share, base=base,
         )  # fmt: skip
         here = before if change.solution is None else go(here, change.weights, keep("after"))
         if change.solution is None and same:
@@ -259,6 +259,7 @@ def _choose(
     asked: _Asked,
     due: Mapping[str, float],
     share: float,
+    *,
     method: InversionMethod | None,
     spread: Callable[[Mapping[str, Any]], np.ndarray],
     least: float,

@@ -157,7 +157,7 @@ def train(
 
         def advance(state: _State, a: int, b: int) -> _State:
             if not host.chunked:
-                return _advance(run, state, key, weighted, metrics, None, (a, b))
+                return _advance(run, state, key, weighted, metrics, None, static_bounds=(a, b))
             return _advance(run, state, key, weighted, metrics, loop_bounds(a, b, mesh))
 
         state = host.loop(
@@ -245,6 +245,7 @@ def _advance(
     weighted: Minibatch,
     metrics: Any,
     bounds: tuple[Array, Array] | None,
+    *,
     static_bounds: tuple[int, int] | None = None,
 ) -> _State:
     """Steps [start, stop) of the run, of all seeds."""

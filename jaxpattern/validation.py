@@ -183,7 +183,7 @@ def check_params(name: str, params: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(f"{name} is an empty pytree; there is nothing to sample")
-    seen: dict[int, str] = {}
+    seen: dict[Any, str] = {}
     for path, leaf in leaves:
         where = _where(name, path)
         _check_array(where, leaf, "an array")
@@ -194,9 +194,10 @@ def check_params(name: str, params: Any) -> None:
                 f"{where} must have at least 16 bits to be moved, got {leaf.dtype}; give it as "
                 "bfloat16 and narrow it inside loss_fn"
             )
-        if seen.setdefault(id(leaf), where) != where:
+        first = seen.setdefault(_place(leaf), where)
+        if first != where:
             raise ValueError(
-                f"{where} and {seen[id(leaf)]} are one and the same array, and would move apart. "
+                f"{where} and {first} are one and the same array, and would move apart. "
                 "Where they are tied, keep one of the two leaves and use it twice in loss_fn; "
                 "where they are not, give one as a copy, jnp.copy(x)"
             )
@@ -206,6 +207,13 @@ def check_params(name: str, params: Any) -> None:
     for (path, _), fine in zip(known, finite, strict=True):
         if not fine:
             raise ValueError(f"{_where(name, path)} holds values that are not finite")
+
+
+def _place(leaf: Any) -> Any:
+    """Where an array lies: two that lie in one place are one. A view of NumPy is what it views."""
+    if isinstance(leaf, np.ndarray) and leaf.size:
+        return leaf.__array_interface__["data"][0], leaf.nbytes
+    return id(leaf)
 
 
 def _check_no_module(name: str, params: Any) -> None:

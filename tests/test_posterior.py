@@ -267,3 +267,22 @@ def test_made_inside_a_transformation():
     together = jax.jit(jax.vmap(density, in_axes=(0, None)))(nbetas, rho)
     alone = [density(float(nbeta), rho) for nbeta in nbetas]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [lambda x: (x, x), lambda x: (x, x[:]), lambda x: (x, x.T), lambda x: (jnp.asarray(x),) * 2],
+    ids=["one", "view", "transposed", "of jax"],
+)
+def test_one_array_in_two_leaves_is_refused(twice):
+    """Both would be moved, each by itself, where the model holds one."""
+    embed, read = twice(RNG.normal(size=(D, D)).astype(np.float32))
+
+    def loss(params, batch):
+        return ((batch["x"][:, 0] @ params["embed"] @ params["read"]) ** 2).sum(-1)
+
+    settings = {"nbeta": 1.0, "localization": 1.0}
+    tied = {"embed": embed, "read": read}
+    with pytest.raises(ValueError, match="params/read and params/embed are one and the same array"):
+        jp.localized_posterior(loss, tied, data(), **settings)
+    jp.localized_posterior(loss, tied | {"read": jnp.array(read, copy=True)}, data(), **settings)

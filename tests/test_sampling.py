@@ -381,6 +381,18 @@ def test_bad_data_that_were_not_looked_at_are_named(posterior):
         chi(hidden, observables={"f": square})
 
 
+def test_a_slope_that_is_infinite_at_the_start_is_the_cause_that_is_named():
+    def root(params, batch):
+        return jnp.sqrt(jnp.abs(batch["x"] @ params["w"].reshape(-1)))
+
+    data = {"x": batch()["x"].at[5].set(0.0)}  # √ at 0, whatever w
+    steep = jp.localized_posterior(root, make().params, data, nbeta=1.0, localization=1.0)
+    with pytest.raises(jp.DivergenceError, match=r"gradient .* not finite at w\* .* \[5\] of data"):
+        run(steep)
+    spared = steep.reweight(jnp.ones(N).at[5].set(0.0))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(spared)))
+
+
 # Mini-batches
 
 

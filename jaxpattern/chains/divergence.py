@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from jaxpattern.losses import losses_in_chunks
+from jaxpattern.losses import losses_in_chunks, steep_samples
 from jaxpattern.posterior import Posterior
 from jaxpattern.validation import is_concrete
 
@@ -82,14 +82,25 @@ def check_alive(
         return
     if not what.startswith("chains"):
         raise FloatingPointError(f"{what} ({where}): {remedy}")
-    losses = losses_in_chunks(posterior.loss_fn, posterior.params, posterior.data, 64)
-    bad = jnp.flatnonzero(~jnp.isfinite(losses).reshape(len(losses), -1).all(axis=1))
-    reason = (
-        f"the loss is not finite at w* for samples {[int(i) for i in bad[:5]]} of data"
-        if len(bad)
-        else "take a smaller step_size, a larger localization or a smaller nbeta"
-    )
-    raise DivergenceError(f"all chains turned non-finite ({where}): {reason}")
+    raise DivergenceError(f"all chains turned non-finite ({where}): {_cause(posterior)}")
+
+
+def _cause(posterior: Posterior) -> str:
+    """What is not finite at w* already, or else what keeps chains together."""
+    loss_fn, params, data = posterior.loss_fn, posterior.params, posterior.data
+    counted = np.asarray(posterior.weights) != 0
+    losses = np.asarray(losses_in_chunks(loss_fn, params, data, 64))
+    bad = np.flatnonzero((counted & ~np.isfinite(losses)).reshape(len(losses), -1).any(axis=1))
+    if len(bad):
+        return f"the loss is not finite at w* for samples {bad[:5].tolist()} of data"
+    rows = np.flatnonzero(counted.reshape(len(losses), -1).any(axis=1))
+    steep = steep_samples(loss_fn, params, data, posterior.weights, rows)
+    if len(steep):
+        return (
+            f"the gradient of the loss is not finite at w* for samples {steep[:5].tolist()} of "
+            "data, as that of a square root at 0 is not; a weight of 0 excludes them"
+        )
+    return "take a smaller step_size, a larger localization or a smaller nbeta"
 
 
 def _only_their_derivatives(alive: np.ndarray, states: PyTree[Any]) -> bool:

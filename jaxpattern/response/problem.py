@@ -199,8 +199,8 @@ def build_problem(
     names, functions = check_observables(observables, params)
     shared = len(same) == 1
     probe_baseline, reference_baseline, values = _at_start(
-        posterior.loss_fn, chunk or 256, params, probes, mass, None if shared else minibatch,
-        functions,
+        posterior.loss_fn, params, probes, mass, None if shared else minibatch, functions,
+        chunk=chunk or 256,
     )  # fmt: skip
     if shared:
         reference_baseline = probe_baseline[same[0]]
@@ -400,15 +400,16 @@ def _stack(*leaves: Any) -> Any:
     return jnp.stack(leaves)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnames=("loss_fn", "chunk"))
 def _at_start(
     loss_fn: Any,
-    chunk: int,
     params: Params,
     probes: dict[str, Batch],
     mass: dict[str, Float[Array, "..."]],
     reference: Minibatch | None,
     observables: tuple[Callable[..., Any], ...] | None,
+    *,
+    chunk: int,
 ) -> tuple[dict[str, Float[Array, "..."]], Losses | None, list[Array]]:
     """Losses and observables at w*; 0 for what is excluded."""
 

@@ -154,7 +154,9 @@ def training_response(
         found = sweep(host, run, ask, lanes, seeds or 1, number)
         found = fetch(jax.tree.map(lambda x: x[: seeds or 1], found), mesh)
     alive = check_ends(found, rows)
-    response = _assemble(found, alive, rho, places, rows, run, mode, observables)
+    response = _assemble(
+        found, alive, rho, places, run, rows=rows, mode=mode, observables=observables
+    )
     if any(doubts(response)):
         warn(response.verdict)
     return response
@@ -241,7 +243,7 @@ def _backwards(
     state = host.loop(
         "way back", segments, partial(trajectory.start_backward, run, ask, kept),
         lambda state, a, b: trajectory.advance_backward(
-            run, length, ask, kept.starts, state, key, loop_bounds(a, b, host.mesh)
+            run, length, ask, kept.starts, state, key, bounds=loop_bounds(a, b, host.mesh)
         ),
         lanes=seeds, steps=lambda i: min(i * length, run.num_steps),
     )  # fmt: skip
@@ -254,8 +256,9 @@ def _assemble(
     alive: Bool[Array, " seeds"],
     rho: Array,
     places: dict[str, np.ndarray],
-    rows: tuple[str, ...],
     run: Descent,
+    *,
+    rows: tuple[str, ...],
     mode: Mode,
     observables: dict[str, Callable],
 ) -> Response:

@@ -310,6 +310,7 @@ def advance_backward(
     starts: _Point,
     state: Backward,
     key: Key[Array, " seeds"],
+    *,
     bounds: tuple[Array, Array],
 ) -> Backward:
     """Segments [start, stop) counted from the end of the run."""
