@@ -46,7 +46,7 @@ def susceptibilities(rows: Rows) -> str:
     least = {label: number(min(row["noise"], row["mse"])) for label, row in gain.items()}
     return (
         f"heads: {side['heads']}{of}, draws: {side['draws']}; {least['devinterp, centred']} × "
-        f"less CPU time to the same error with pathwise than by the centred covariance of "
+        f"less CPU time to the same error with pathwise than by the centered covariance of "
         f"devinterp's draws, {least['covariance']} × than our covariance; "
         f"devinterp wrote {theirs['written'] / 2**20:.0f} MiB, we nothing; its formula equals ours "
         f"on its own draws to {hybrid['ours']:.0e}"
@@ -179,7 +179,7 @@ COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
         "memory of a chain and time of a step on checkpoints, batches of 4 × 32 tokens",
         checkpoint_cost,
     ),
-    "gpu": ("FLOPs utilisation, bfloat16 and a response of paper size", gpu),
+    "gpu": ("FLOPs utilization, bfloat16 and a response of paper size", gpu),
 }  # fmt: skip
 
 

@@ -322,6 +322,13 @@ def test_every_page_is_in_the_navigation():
     assert listed == {str(page.relative_to(DOCS)) for page in PAGES}
 
 
+def test_the_start_page_has_the_program_of_the_readme():
+    pages = (DOCS.parent / "README.md", DOCS / "index.md")
+    readme, start = (PYTHON.findall(page.read_text(encoding="utf-8")) for page in pages)
+    assert len(readme) == 1
+    assert start == readme
+
+
 def test_python_on_the_pages_compiles():
     for page in PAGES:
         for block in PYTHON.findall(page.read_text(encoding="utf-8")):

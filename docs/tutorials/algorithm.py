@@ -78,7 +78,7 @@ def train(seeds, data, weights, num_steps):
 @jax.jit
 @partial(jax.vmap, in_axes=(0, None))
 def right(params, data):
-    """The share of strings that a model classifies as they are labelled."""
+    """The share of strings that a model classifies as they are labeled."""
     return jnp.mean(LOSS(params, data) < np.log(2))
 
 
