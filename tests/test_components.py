@@ -112,7 +112,8 @@ PLAN = jp.Plan(num_chains=1, num_burnin=0, num_draws=4, thin=1, batch_size=None)
 def respond(posterior, parts):
     return jp.susceptibilities(
         jax.random.key(1), posterior, jp.sgld(step_size=1e-4), PLAN,
-        probes={"p": posterior.data[:2]}, components=parts, progress=False,
+        probes={"p": posterior.data[:2]}, components=parts, estimator=jp.covariance(),
+        progress=False,
     )  # fmt: skip
 
 

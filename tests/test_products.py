@@ -259,15 +259,10 @@ def test_bfloat16_activations_give_what_float32_gives():
             nbeta=300.0, localization=100.0,
         )  # fmt: skip
         run = (jax.random.key(1), posterior, jp.sgld(step_size=1e-3), plan)
-        llc = jp.llc(*run, progress=False)
-        response = jp.group_mean(
-            jp.susceptibilities(
-                *run,
-                observables={"loss": jp.mean_loss(posterior.loss_fn, tokens)},
-                probes={"some": tokens[:4]},
-                progress=False,
-            )
-        )
+        phi = jp.mean_loss(posterior.loss_fn, tokens)
+        chi = jp.Chi(probes={"some": tokens[:4]}, observables={"loss": phi})
+        measured = jp.measure(*run, {"llc": jp.LLC(), "chi": chi}, progress=False)
+        llc, response = measured["llc"], jp.group_mean(measured["chi"])
         found[dtype] = [
             (float(llc.mean), float(llc.stderr)),
             (float(response.chi["some"][0]), float(response.stderr["some"][0])),

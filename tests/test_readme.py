@@ -22,7 +22,7 @@ def example():
 
 
 def steered(program, capfd):
-    """What the program leaves; seed and data order are shared: the change is that of the weights."""
+    """What the program leaves. Seed and order of data are shared, so that weights change it."""
     scope = {}
     exec(compile(program, "README.md", "exec"), scope)
     printed = capfd.readouterr().out

@@ -12,18 +12,18 @@ SHAPES = {"attn": {"q": (4, 3, 2), "o": (3, 2, 4)}, "bias": (), "mlp": [(4, 5), 
 KEY = jax.random.key(0)
 
 
+def of_shapes(make):
+    return jax.tree.map(make, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
 def tree(seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    return of_shapes(lambda shape: jnp.asarray(rng.normal(size=shape), dtype))
 
 
 def mask_of(**chosen):
     """A NumPy mask of the parameters: name → index expression of what is true."""
-    mask = jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), tree(0))
+    mask = of_shapes(lambda shape: np.zeros(shape, bool))
     leaves = {"q": mask["attn"]["q"], "o": mask["attn"]["o"], "bias": mask["bias"]}
     leaves |= {"up": mask["mlp"][0], "down": mask["mlp"][1]}
     for name, index in chosen.items():
@@ -31,8 +31,8 @@ def mask_of(**chosen):
     return mask
 
 
-RANDOM_MASK = jax.tree.map(
-    lambda leaf: np.random.default_rng(leaf.size).random(leaf.shape) < 0.5, tree(0)
+RANDOM_MASK = of_shapes(
+    lambda shape: np.random.default_rng(int(np.prod(shape))).random(shape) < 0.5
 )
 HEAD = {"attn/q": (1, 2), "attn/o": (0, 2)}
 CASES = {

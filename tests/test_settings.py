@@ -128,7 +128,8 @@ def test_hybrid(posterior, centres):
 def test_solve_weights(posterior, centres):
     response = jp.susceptibilities(
         jax.random.key(2), posterior, jp.sgld(step_size=2e-2), PLAN,
-        probes={"data": {"c": jnp.asarray(centres)}}, observables={"w": first}, progress=False,
+        probes={"data": {"c": jnp.asarray(centres)}}, observables={"w": first},
+        estimator=jp.laplace(num_signs=2), progress=False,
     )  # fmt: skip
     for method in (jp.least_norm(), jp.ridge(tau=1e-9), jp.entropic(tau=1e-9), jp.box(tau=1e-9)):
         solution = jp.solve_weights(response, {"w": 1e-3}, method=method)
