@@ -48,7 +48,7 @@ class Settings(NamedTuple):
     train_windows: int = 768  # of a source, like the next
     held_out_windows: int = 32
     seeds: int = 4
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 16
     learning_rate: float = 4e-3
     nbeta: float = 3e4

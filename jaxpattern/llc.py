@@ -175,7 +175,8 @@ def coefficient(run: Run, chains: Recorded, pilot: Pilot | None) -> LocalLearnin
         pilot={
             name: on_device(np.asarray(np.nan if pilot is None else getattr(pilot, name)[0], "f"))
             for name in PILOT
-        },
+        }
+        | {"caveat": on_device(np.asarray(bool(run.sampler.caveat), "f"))},
         groups=float(plan.batches),
     )
     if isinstance(trace, np.ndarray) and not result.verdict.startswith("nothing"):

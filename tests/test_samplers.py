@@ -385,12 +385,16 @@ def test_the_drift_of_the_preconditioner_restores_the_posterior(decay):
 
 def test_what_is_known_to_be_wrong_with_a_sampler_is_said():
     posterior = quadratic_posterior()
+    plan = jp.Plan(2, num_burnin=2, num_draws=4, thin=1)
     measure = partial(
-        jp.susceptibilities, jax.random.key(0), posterior,
-        plan=jp.Plan(2, num_burnin=2, num_draws=4, thin=1),
+        jp.susceptibilities, jax.random.key(0), posterior, plan=plan,
         observables={"first": lambda p: p["w"][0]},
         probes={"all": posterior.data}, estimator=jp.covariance(), progress=False,
     )  # fmt: skip
     assert "without the drift Γ" in measure(sampler=jp.rmsprop_sgld(step_size=1e-4)).estimator
     assert "Γ" not in measure(sampler=jp.rmsprop_sgld(step_size=1e-4, drift=True)).estimator
     assert "Γ" not in measure(sampler=jp.sgld(step_size=1e-4)).estimator
+    for drift in (False, True):
+        sampler = jp.rmsprop_sgld(step_size=1e-4, drift=drift)
+        lam = jp.llc(jax.random.key(0), posterior, sampler, plan, progress=False)
+        assert ("lacks its drift Γ" in " ".join(str(lam).split())) == (not drift)

@@ -42,7 +42,13 @@ from jaxpattern.response.measure import (
     slope_beside,
 )
 from jaxpattern.response.problem import Problem
-from jaxpattern.response.products import Product, hessian_products, in_words, product_cost
+from jaxpattern.response.products import (
+    Product,
+    hessian_products,
+    in_words,
+    of_each,
+    product_cost,
+)
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import floats_of, given_step
 from jaxpattern.runtime.host import Host
@@ -98,7 +104,7 @@ class TangentAlgorithm:
             shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
             if all(shape == shapes[0] for shape in shapes):
                 stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
-                levels, gradients = jax.vmap(partial(measure, position))(stacked)
+                levels, gradients = of_each(partial(measure, position), stacked)
             else:
                 each = [measure(position, batch) for batch in batches]
                 levels, gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
