@@ -9,7 +9,7 @@ from jaxtyping import config
 
 import jaxpattern as jp
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
-from jaxpattern.response.problem import component_groups
+from jaxpattern.response.groups import component_groups
 
 VOCAB, CONTEXT = 11, 6
 

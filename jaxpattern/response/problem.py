@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.losses import check_loss, counted_rows, losses_in_chunks, weighted_mean
 from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.response.groups import component_groups
 from jaxpattern.response.shares import Spec, probe_mass, same_arrays
-from jaxpattern.restriction import Restriction, check_restriction
+from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.mesh import put, put_rows, take
 from jaxpattern.types import Batch, Losses, Params, Position
 from jaxpattern.validation import (
@@ -361,43 +362,6 @@ def check_like_data(name: str, batch: Batch, posterior: Posterior) -> Spec:
             f"{name} must be like the data, {wanted} per sample, or such that loss_fn takes it; "
             f"got {given}, at which it says: {error}"
         ) from error
-
-
-def component_groups(
-    posterior: Posterior, components: Mapping[str, Restriction] | None
-) -> tuple[ComponentGroup, ...]:
-    """Components of equal shape together, in order of first appearance."""
-    if components is None:
-        return (ComponentGroup(),)
-    if not components:
-        raise ValueError("components is empty; leave it out to sample the posterior as it is")
-    if posterior.restriction is not None:
-        raise ValueError("components need an unrestricted posterior, this one is restricted")
-    members: dict[Any, list[tuple[str, int]]] = {}
-    for index, (name, restriction) in enumerate(components.items()):
-        try:
-            check_restriction(restriction, posterior.params)
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"components[{name!r}]: {error}") from error
-        leaves, treedef = jax.tree.flatten(restriction)
-        shape = (treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
-        members.setdefault(shape, []).append((name, index))
-    return tuple(
-        ComponentGroup(
-            names=tuple(name for name, _ in group),
-            ids=tuple(index for _, index in group),
-            restrictions=jax.tree.map(_stack, *(components[name] for name, _ in group)),
-        )
-        for group in members.values()
-    )
-
-
-def _stack(*leaves: Any) -> Any:
-    """Leaves side by side; by NumPy where it can, which compiles nothing."""
-    if all(map(is_concrete, leaves)):
-        return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]))
-    return jnp.stack(leaves)
 
 
 @partial(jax.jit, static_argnames=("loss_fn", "chunk"))
