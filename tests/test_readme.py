@@ -35,10 +35,12 @@ def steered(program, capfd):
 
 
 def test_example_runs_and_steers(capfd):
-    """With fewer steps of training, which is most of its time."""
-    whole = example()
-    assert whole.count('"num_steps": 300') == 1
-    steered(whole.replace('"num_steps": 300', '"num_steps": 60'), capfd)
+    """With fewer windows and steps of training, which are most of its time."""
+    program = example()
+    for number, smaller, times in (('"num_steps": 300', '"num_steps": 60', 1), ("128", "48", 3)):
+        assert program.count(number) == times
+        program = program.replace(number, smaller)
+    steered(program, capfd)
 
 
 @pytest.mark.slow
