@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rises = filtered(problem, effects, kept, rng)
     tell(report, problem, effects, scores, rises, realised)
     judge(report, scores, rises)
+    report.add_claims()
     draw(report, scores, rises)
     return report.close()
 
@@ -101,7 +102,7 @@ def attribute(problem: Windows, kept: measure.Kept) -> dict[str, Attribution]:
     def found(name: str, method: Callable[[], Attribution]) -> Attribution:
         return Attribution(**kept(name, make(method)))
 
-    laplace = jp.laplace(num_signs=2, tolerance=1e-2, max_iterations=10)
+    laplace = jp.laplace(num_signs=2, tolerance=1e-2, max_iterations=6)
     pathwise = found(
         "pathwise", lambda: of_posterior(problem, trained(), jp.pathwise(), settings.plan)
     )

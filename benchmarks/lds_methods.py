@@ -27,8 +27,8 @@ class Settings(NamedTuple):
         256, context=32, num_layers=1, num_heads=2, d_model=16
     )
     windows: int = 256
-    held_out: int = 12
-    steps: int = 120
+    held_out: int = 8
+    steps: int = 100
     batch_size: int = 16
     learning_rate: float = 1e-2
     measured: int = 2  # models that methods look at
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     localization: float = 5e4
     step_size: float = 2.5e-6
     projected: int = 256  # directions that TRAK keeps
-    plan: jp.Plan = jp.Plan(num_chains=2, num_burnin=60, num_draws=4, thin=12, batch_size=16)
+    plan: jp.Plan = jp.Plan(num_chains=2, num_burnin=90, num_draws=2, thin=30, batch_size=16)
 
 
 TINY = Settings(

@@ -99,6 +99,7 @@ class Report:
             "jax": jax.__version__,
         }
         self.failed: list[str] = []
+        self.claimed = 0
 
     def add(self, line: str, **row: Any) -> None:
         """Print one line of the table, and keep its row."""
@@ -112,8 +113,14 @@ class Report:
 
     def claim(self, text: str, holds: bool) -> None:
         """A claim; what is false fails the benchmark."""
+        self.claimed += 1
         if not holds:
             self.failed.append(f"NOT MET: {text}")
+
+    def add_claims(self) -> None:
+        """A row that says what was claimed so far, and what of it does not hold."""
+        told = f"{self.claimed - len(self.failed)} of {self.claimed} claims met"
+        self.add(told, part="claims", number=self.claimed, failed=self.failed)
 
     def close(self) -> int:
         """Say what was not met; the exit status."""

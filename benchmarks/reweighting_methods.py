@@ -110,13 +110,13 @@ def divergence(weights: np.ndarray) -> float:
 
 
 def at_distance(weights: np.ndarray, distance: float) -> np.ndarray:
-    """ρ ∝ exp(t log ρ) with t where KL(ρ‖1) is the one wanted."""
+    """ρ ∝ exp(t log ρ) with t where KL(ρ‖1), a mean over rounds, is the one wanted."""
     logs = np.log(weights)
     low, high = 0.0, 1.0
 
     def tilt(t: float) -> np.ndarray:
-        tilted = np.exp(t * logs - np.max(t * logs))
-        return tilted / tilted.mean()
+        tilted = np.exp(t * (logs - np.max(logs, axis=-1, keepdims=True)))
+        return tilted / tilted.mean(axis=-1, keepdims=True)
 
     while divergence(tilt(high)) < distance and high < 1e6:
         high *= 2
@@ -147,8 +147,9 @@ def steepest(slopes: np.ndarray, wish: Wish) -> np.ndarray:
     return along(way)
 
 
-def solved(response: jp.Response, wish: Wish, by: float) -> np.ndarray:
+def solved(problem: Mixtures, response: jp.Response, wish: Wish, by: float) -> np.ndarray:
     """The entropic weights of a measured response; a held loss that does not rise is left free."""
+    response = dataclasses.replace(response, rows=tuple(problem.sources))
     target = {response.rows[wish.lower]: -by}
     for _ in range(2):
         with warnings.catch_warnings():
@@ -159,13 +160,16 @@ def solved(response: jp.Response, wish: Wish, by: float) -> np.ndarray:
         if held in target or float(solution.predicted_shift[held]) <= 0:
             break
         target[held] = 0.0
-    return np.array([float(solution.weights[s]) for s in response.chi])
+    return np.array([float(solution.weights[s]) for s in problem.sources])
 
 
-def of_training(problem: Mixtures) -> jp.Response:
-    """Response of the whole training run on equal parts, over the measured seeds."""
+def of_training(problem: Mixtures, times: int = 1) -> jp.Response:
+    """Response of the whole training run on equal parts, over so many times the measured seeds."""
+    keys = problem.measured
+    if times > 1:
+        keys = jax.random.split(jax.random.key(4), times * len(keys))
     return jp.training_response(
-        problem.measured, problem.loss_fn, problem.start(problem.measured), problem.data,
+        keys, problem.loss_fn, problem.start(keys), problem.data,
         problem.optimizer, num_steps=problem.settings.steps,
         batch_size=problem.settings.batch_size, observables={"loss": problem.held_out_losses},
         sources=problem.places, progress=False,
@@ -210,11 +214,10 @@ def of_posterior(problem: Mixtures, models: Any, estimator: Any, count: int | No
     )
 
 
-def slopes_of(response: jp.Response) -> np.ndarray:
+def slopes_of(problem: Mixtures, response: jp.Response) -> np.ndarray:
     """Derivative of each row with respect to each source's weight, nβ χ q."""
-    return np.stack(
-        [np.asarray(response.chi[s] * response.mass[s] * response.nbeta) for s in response.chi], 1
-    ).astype(np.float64)
+    columns = [response.chi[s] * response.mass[s] * response.nbeta for s in problem.sources]
+    return np.asarray(jnp.stack(columns, axis=1), np.float64)
 
 
 def doge(problem: Mixtures, count: int = 64) -> tuple[np.ndarray, float]:
@@ -302,14 +305,17 @@ def regmix(problem: Mixtures, number: int) -> tuple[np.ndarray, float]:
     return fit[len(keys) :].T, number * (problem.run * HALF / ROUNDS + problem.look)
 
 
-def online(problem: Mixtures, wish: Wish, *, share: float, by: float) -> tuple[np.ndarray, float]:
+def online(
+    problem: Mixtures, wish: Wish, *, by: float, share: float, method: Any
+) -> tuple[np.ndarray, float]:
     """The weights of each round that `pattern` arrives at, `[rounds, sources]`.
 
     Args:
         problem: the problem.
         wish: what is wanted.
-        share: the effective sample size that every round keeps at least.
-        by: how far the loss is to fall; more than can be had, so that the budget is what binds.
+        by: how far the loss is to fall in all.
+        share: the effective sample size that every round keeps.
+        method: of the inversion.
     """
     keys = problem.measured
     with warnings.catch_warnings():
@@ -319,7 +325,7 @@ def online(problem: Mixtures, wish: Wish, *, share: float, by: float) -> tuple[n
             target={f"loss/{wish.lower}": -by}, hold=[f"loss/{wish.hold}"],
             observables={"loss": problem.held_out_losses}, sources=problem.places,
             num_rounds=ROUNDS, num_steps=problem.part, batch_size=problem.settings.batch_size,
-            min_effective_share=share, method=jp.ridge(), progress=False,
+            min_effective_share=share, method=method, progress=False,
         )  # fmt: skip
     schedule = np.array(
         [
