@@ -35,11 +35,11 @@ class Settings(NamedTuple):
     retrained: int = 2  # other models, of each subset
     halves: int = 100
     filtered: int = 6  # held-out windows whose most helpful data are left out
-    nbeta: float = 3e4
-    localization: float = 5e4
-    step_size: float = 2.5e-6
+    nbeta: float = 1500.0
+    localization: float = 2500.0
+    step_size: float = 5e-5  # mini-batches add a fifth to the temperature
     projected: int = 256  # directions that TRAK keeps
-    plan: jp.Plan = jp.Plan(num_chains=2, num_burnin=90, num_draws=2, thin=30, batch_size=16)
+    plan: jp.Plan = jp.Plan(num_chains=2, num_burnin=90, num_draws=2, thin=30, batch_size=32)
 
 
 TINY = Settings(

@@ -185,8 +185,9 @@ def test_benchmarks_of_data_run(benchmark, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     assert (tmp_path / f"{name}.png").exists()
     if benchmark is reweighting:
-        assert len([row for row in rows if "method" in row]) == 3 * 12
-        for row in rows:
+        arms = [row for row in rows if "method" in row]
+        assert len(arms) == 3 * 13
+        for row in arms:
             assert np.mean(row["weights"], axis=1) == pytest.approx(np.ones(4), abs=1e-4)
             assert row["cost"] > 0
             assert np.isfinite([row["target"], row["held"], row["mean"]]).all()
