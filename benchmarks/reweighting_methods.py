@@ -163,13 +163,10 @@ def solved(problem: Mixtures, response: jp.Response, wish: Wish, by: float) -> n
     return np.array([float(solution.weights[s]) for s in problem.sources])
 
 
-def of_training(problem: Mixtures, times: int = 1) -> jp.Response:
-    """Response of the whole training run on equal parts, over so many times the measured seeds."""
-    keys = problem.measured
-    if times > 1:
-        keys = jax.random.split(jax.random.key(4), times * len(keys))
+def of_training(problem: Mixtures) -> jp.Response:
+    """Response of the whole training run on equal parts, over the measured seeds."""
     return jp.training_response(
-        keys, problem.loss_fn, problem.start(keys), problem.data,
+        problem.measured, problem.loss_fn, problem.start(problem.measured), problem.data,
         problem.optimizer, num_steps=problem.settings.steps,
         batch_size=problem.settings.batch_size, observables={"loss": problem.held_out_losses},
         sources=problem.places, progress=False,

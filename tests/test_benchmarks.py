@@ -186,7 +186,7 @@ def test_benchmarks_of_data_run(benchmark, tmp_path):
     assert (tmp_path / f"{name}.png").exists()
     if benchmark is reweighting:
         arms = [row for row in rows if "method" in row]
-        assert len(arms) == 3 * 13
+        assert len(arms) == 3 * 11
         for row in arms:
             assert np.mean(row["weights"], axis=1) == pytest.approx(np.ones(4), abs=1e-4)
             assert row["cost"] > 0
