@@ -186,7 +186,7 @@ def covariance_plan(problem: Windows, cost: float) -> jp.Plan:
     """The burn-in and thinning of `plan`, and as many draws as that cost pays for."""
     settings, plan = problem.settings, problem.settings.plan
     passes = (settings.windows + settings.held_out) / 3
-    each = plan.num_chains * (plan.thin * settings.batch_size + passes)
-    spent = plan.num_chains * plan.num_burnin * settings.batch_size
+    each = plan.num_chains * (plan.thin * plan.batch_size + passes)
+    spent = plan.num_chains * plan.num_burnin * plan.batch_size
     draws = max(8, int((cost / settings.measured - spent) / each))
     return dataclasses.replace(plan, num_draws=draws)
