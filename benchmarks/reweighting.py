@@ -257,7 +257,7 @@ def draw(report: measure.Report, rows: dict[tuple[int, str], dict[str, Any]]) ->
     for (i, name), row in rows.items():
         axes[i].errorbar(
             row["held"], -row["target"], row["target_stderr"], row["held_stderr"],
-            "o" if name in OURS else "x", label=name, elinewidth=0.6,
+            ("s" if "online" in name else "o") if name in OURS else "x", label=name, elinewidth=0.6,
         )  # fmt: skip
     for ax, (lower, hold) in zip(axes, WISHES, strict=True):
         ax.axhline(0, color="black", linewidth=0.6)
