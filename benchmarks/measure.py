@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 PINNED = "JAXPATTERN_BENCHMARK_IS_PINNED"
 
@@ -98,6 +99,7 @@ class Report:
             "jax": jax.__version__,
         }
         self.failed: list[str] = []
+        self.claimed = 0
 
     def add(self, line: str, **row: Any) -> None:
         """Print one line of the table, and keep its row."""
@@ -111,14 +113,44 @@ class Report:
 
     def claim(self, text: str, holds: bool) -> None:
         """A claim; what is false fails the benchmark."""
+        self.claimed += 1
         if not holds:
             self.failed.append(f"NOT MET: {text}")
+
+    def add_claims(self) -> None:
+        """A row that says what was claimed so far, and what of it does not hold."""
+        told = f"{self.claimed - len(self.failed)} of {self.claimed} claims met"
+        self.add(told, part="claims", number=self.claimed, failed=self.failed)
 
     def close(self) -> int:
         """Say what was not met; the exit status."""
         print("\n".join(self.failed) if self.failed else "all claims met")
         print(f"rows: {self.path}")
         return bool(self.failed)
+
+
+class Kept:
+    """Numbers that took long, kept in a file beside the rows: an interrupted run goes on from them.
+
+    They belong to the settings they were made with; of others nothing is taken.
+    """
+
+    def __init__(self, path: Path, **settings: Any) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings, default=str))
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.values = found["values"] if found.get("settings") == self.settings else {}
+
+    def __call__(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+        """Arrays by name: those kept, or else those that are made now."""
+        if name not in self.values:
+            start = time.process_time()
+            self.values[name] = {key: np.asarray(x).tolist() for key, x in make().items()}
+            print(f"  {name}: {time.process_time() - start:.0f} CPU s", flush=True)
+            partial = self.path.with_suffix(".part")
+            partial.write_text(json.dumps({"settings": self.settings, "values": self.values}))
+            partial.replace(self.path)
+        return {key: np.asarray(x) for key, x in self.values[name].items()}
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

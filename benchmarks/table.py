@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,26 +114,25 @@ def growth(rows: Rows) -> str:
     )
 
 
+def claims(rows: Rows) -> str:
+    """How many claims were met, and which were not."""
+    row = one(rows, part="claims")
+    met = row["number"] - len(row["failed"])
+    missed = "; ".join(text.removeprefix("NOT MET: ") for text in row["failed"])
+    return f"{met} of {row['number']} claims met" + f"; **not met**: {missed}" * bool(missed)
+
+
 def reweighting(rows: Rows) -> str:
-    falls = ", ".join(
-        f"{row['method']} {row['gained']:.3f} ± {row['gained_stderr']:.3f} "
-        f"(paid {row['paid']:.3f})" for row in rows
+    seeds = next(row["seeds"] for row in rows if "seeds" in row)
+    return f"three wishes, {seeds} paired seeds, table below; {claims(rows)}"
+
+
+def lds(rows: Rows) -> str:
+    scores = ", ".join(
+        f"{row['method']} {row['lds']:.2f} ± {row['lds_stderr']:.2f}" for row in rows
+        if "lds" in row
     )  # fmt: skip
-    ours = one(rows, method="response")
-    tied = [
-        row["method"] for row in rows if row is not ours and abs(row["gained"] - ours["gained"])
-        <= 2 * math.hypot(row["gained_stderr"], ours["gained_stderr"])
-    ]  # fmt: skip
-    ahead = [
-        row["method"] for row in rows
-        if row["gained"] > ours["gained"] and row["paid"] < ours["paid"]
-    ]  # fmt: skip
-    return (
-        f"fall of the wished loss in nats over {ours['seeds']} seeds: {falls}"
-        + (f"; within two errors of ours: {', '.join(tied)}" if tied else "")
-        + f"; claimed that none lowers it more and pays less{not_met(not ahead)}"
-        + (f": {', '.join(ahead)}" if ahead else "")
-    )
+    return f"rank correlation: {scores}; {claims(rows)}"
 
 
 def checkpoint_cost(rows: Rows) -> str:
@@ -172,8 +170,10 @@ COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "devinterp_llc": ("spread and coverage of the LLC with devinterp's", llc),
     "floor": ("CPU time of each part with the bare computation, a ratio", floor),
     "reweighting": (
-        "mixtures from the response with DoReMi, DoGE, influence functions", reweighting,
+        "mixtures from the response with metagradient, RegMix, DoReMi, DoGE, influence functions",
+        reweighting,
     ),
+    "lds": ("predicted and realised losses of retraining on random halves", lds),
     "growth": ("time and memory against the size of a problem", growth),
     "checkpoint_cost": (
         "memory of a chain and time of a step on checkpoints, batches of 4 × 32 tokens",
@@ -203,6 +203,41 @@ def pathwise(folder: Path) -> list[str]:
     ]
 
 
+def measured(row: dict[str, Any], key: str, factor: float = 1e3) -> str:
+    """A number in 10⁻³ and its standard error."""
+    return f"{factor * row[key]:+.1f} ± {factor * row[f'{key}_stderr']:.1f}"
+
+
+def wishes(folder: Path) -> list[str]:
+    """What each method did for each wish: change of the wished loss, of the held one, of all."""
+    rows = [row for row in read(folder / "reweighting.jsonl") if "method" in row]
+    labels = {row["wish"]: f"{row['lower']} ↓, {row['hold']} held" for row in rows}
+    lines = [
+        "| method | " + " | ".join(labels.values()) + " | gradients |",
+        "|---" * (len(labels) + 2) + "|",
+    ]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = [one(rows, method=name, wish=i) for i in labels]
+        cells = [
+            ", ".join(measured(row, key) for key in ("target", "held", "mean")) for row in mine
+        ]
+        cost = max(row["cost"] for row in mine)
+        lines.append(f"| {name} | {' | '.join(cells)} | {number(cost)} |")
+    return lines
+
+
+def attributions(folder: Path) -> list[str]:
+    """Score and filter of each method."""
+    lines = ["| method | LDS | rise of the loss, 10⁻³ nats | gradients |", "|---|---|---|---|"]
+    for row in read(folder / "lds.jsonl"):
+        if "method" in row:
+            score = f"{row['lds']:.3f} ± {row['lds_stderr']:.3f}" if "lds" in row else ""
+            rise = measured(row, "rise") if "rise" in row else ""
+            cost = number(row["cost"]) if "cost" in row else ""
+            lines.append(f"| {row['method']} | {score} | {rise} | {cost} |")
+    return lines
+
+
 def benchmarks(folder: Path) -> list[str]:
     """One line per benchmark."""
     lines = ["| command | what is compared | found |", "|---|---|---|"]
@@ -216,13 +251,18 @@ def benchmarks(folder: Path) -> list[str]:
     return lines
 
 
+TABLES = {
+    "pathwise": pathwise, "benchmarks": benchmarks, "wishes": wishes, "attributions": attributions,
+}  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "measured")
     parser.add_argument("--check", action="store_true", help="compare, do not write")
     options = parser.parse_args(arguments)
     old = new = PAGE.read_text(encoding="utf-8")
-    for name, make in (("pathwise", pathwise), ("benchmarks", benchmarks)):
+    for name, make in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         before, rest = new.split(begin)
         _, after = rest.split(end)

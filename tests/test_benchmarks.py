@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import devinterp_susceptibilities as devinterp
 import floor
 import growth
+import lds
+import lds_methods
 import measure
 import reweighting
+import reweighting_methods
 from jaxpattern.models import transformer
 
 CONFIG = transformer.TransformerConfig(
@@ -105,6 +109,91 @@ def test_mixtures_are_brought_to_one_distance():
         assert reweighting.divergence(tilted) == pytest.approx(distance, rel=1e-6)
         assert tilted.mean() == pytest.approx(1)
         assert (np.argsort(tilted) == np.argsort(weights)).all()
+
+
+def test_the_steepest_way_that_holds():
+    """To first order, none of the same length falls further where the held loss may not rise."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        slopes = rng.normal(size=(4, 4))
+        logs = np.log(reweighting_methods.steepest(slopes, reweighting_methods.Wish(2, 0)))
+        way = logs - logs.mean()
+        fall, held = slopes[2] @ way, slopes[0] @ way
+        assert held <= 1e-12
+        other = rng.normal(size=(500, 4))
+        other -= other.mean(axis=1, keepdims=True)
+        other *= np.linalg.norm(way) / np.linalg.norm(other, axis=1, keepdims=True)
+        assert fall <= (other[other @ slopes[0] <= 0] @ slopes[2]).min() + 1e-12
+
+
+def test_better_at_equal_held_loss():
+    def row(target, held):
+        return {"target_by_seed": target, "held_by_seed": held}
+
+    base = row([0.0, 0.1, 0.2], [0.0, 0.1, 0.2])
+    lower = row([-0.1, 0.0, 0.12], [0.0, 0.1, 0.2])  # lower by .1, .1, .08: by 14 errors
+    assert reweighting.better(lower, base, 13)
+    assert not reweighting.better(lower, base, 15)
+    assert not reweighting.better(base, lower, 0)
+    assert not reweighting.better(row([-0.1, 0.0, 0.12], [0.1, 0.21, 0.31]), base, 1)
+
+
+def test_what_took_long_is_kept_for_the_same_settings(tmp_path):
+    def kept(**settings):
+        return measure.Kept(tmp_path / "kept.json", **settings)
+
+    found = kept(steps=3)("name", lambda: {"x": np.arange(3.0), "cost": 2.0})
+    np.testing.assert_array_equal(found["x"], np.arange(3.0))
+    assert float(found["cost"]) == 2.0
+    again = kept(steps=3)("name", lambda: pytest.fail("made again"))
+    np.testing.assert_array_equal(again["x"], np.arange(3.0))
+    assert kept(steps=4)("name", lambda: {"x": np.ones(2)})["x"].shape == (2,)
+
+
+def test_rank_correlations_and_their_ceiling():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(2, 40, 3))
+    a[:5] = a[0]  # ties
+    wanted = [scipy.stats.spearmanr(a[:, k], b[:, k]).statistic for k in range(3)]
+    np.testing.assert_allclose(lds.spearman(a, b), wanted, rtol=1e-12)
+    # Two seeds of as much noise as signal agree by ½, their mean correlates with the truth by √⅔;
+    # ranks of normal variables by a little less, (6/π) asin(r/2).
+    truth = rng.normal(size=(100_000, 1, 1))
+    realised = truth + rng.normal(size=(100_000, 2, 1))
+    agreement = 6 / np.pi * np.arcsin(0.25)
+    wanted = np.sqrt(2 * agreement / (1 + agreement))
+    np.testing.assert_allclose(lds.ceiling(realised), wanted, atol=0.01)  # five errors
+
+
+def test_attributions_by_gradients():
+    rng = np.random.default_rng(4)
+    held, data = rng.normal(size=(3, 50)), rng.normal(size=(8, 50))
+    wanted = [[-x @ y / np.sqrt((x @ x) * (y @ y)) for y in data] for x in held]
+    np.testing.assert_allclose(lds_methods.cosine(held, data), wanted, rtol=1e-12)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (50, 12)) / np.sqrt(12)
+    few, many = held @ signs, data @ signs
+    gram = many @ many.T
+    inner = np.linalg.inv(gram + np.trace(gram) / 12 * np.eye(8))  # the same, by windows
+    np.testing.assert_allclose(lds_methods.trak(held, data, 12), -few @ many.T @ inner, rtol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", [reweighting, lds])
+def test_benchmarks_of_data_run(benchmark, tmp_path):
+    benchmark.main(["--tiny", "--out", str(tmp_path)])
+    name = benchmark.__name__
+    rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    assert (tmp_path / f"{name}.png").exists()
+    if benchmark is reweighting:
+        arms = [row for row in rows if "method" in row]
+        assert len(arms) == 3 * 11
+        for row in arms:
+            assert np.mean(row["weights"], axis=1) == pytest.approx(np.ones(4), abs=1e-4)
+            assert row["cost"] > 0
+            assert np.isfinite([row["target"], row["held"], row["mean"]]).all()
+    else:
+        assert [row["method"] for row in rows[:2]] == ["ceiling", "random"]
+        assert all(abs(row["lds"]) <= 1 for row in rows if "lds" in row)
 
 
 def test_exponents_of_power_laws():

@@ -263,7 +263,8 @@ def batch_estimates(
             [mean(x, jnp.where(half, share, 0)) for half in (first, weight & ~first)]
         )
         group = x if mass is None else column_mean(x, mass[name])
-        return chi, stderr, halves, jnp.where(weight[:, None], group, jnp.nan)
+        there = weight.reshape(-1, *(1,) * (group.ndim - 1))
+        return chi, stderr, halves, jnp.where(there, group, jnp.nan)
 
     results = {name: one(name, total) for name, total in sums.items()}
     chi, stderr, halves, batches = ({n: r[i] for n, r in results.items()} for i in range(4))
