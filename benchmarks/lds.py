@@ -3,7 +3,7 @@
 A small language model is trained on windows of real text, and again on random halves of them. Each
 method gives every window an effect on every held-out loss; a half is predicted by the sum of the
 effects of its windows. The score is Spearman's rank correlation, over the halves, of predicted and
-realised held-out losses, averaged over held-out windows (Park et al. 2023), with a bootstrap error
+realized held-out losses, averaged over held-out windows (Park et al. 2023), with a bootstrap error
 over halves. Methods look at models of other seeds than those that are retrained. Retraining is
 noisy itself: `ceiling` is what a prediction that knew the mean over all seeds would score, from how
 well the seeds agree (√ of the Spearman-Brown reliability).
@@ -72,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     halves = np.zeros((settings.halves, size))
     for half in halves:
         half[rng.permutation(size)[: size // 2]] = 1.0
-    realised = kept("halves", lambda: {"losses": problem.retrain(halves)})["losses"]
-    scores = score(effects, halves, realised)
+    realized = kept("halves", lambda: {"losses": problem.retrain(halves)})["losses"]
+    scores = score(effects, halves, realized)
     rises = filtered(problem, effects, kept, rng)
-    tell(report, problem, effects, scores, rises, realised)
+    tell(report, problem, effects, scores, rises, realized)
     judge(report, scores, rises)
     report.add_claims()
     draw(report, scores, rises)
@@ -124,38 +124,38 @@ def attribute(problem: Windows, kept: measure.Kept) -> dict[str, Attribution]:
     }
 
 
-def spearman(predicted: np.ndarray, realised: np.ndarray) -> np.ndarray:
+def spearman(predicted: np.ndarray, realized: np.ndarray) -> np.ndarray:
     """Rank correlations over the first axis, `[R, K]` with `[R, K]`."""
-    a, b = (scipy.stats.rankdata(x, axis=0) for x in (predicted, realised))
+    a, b = (scipy.stats.rankdata(x, axis=0) for x in (predicted, realized))
     a, b = a - a.mean(0), b - b.mean(0)
     return (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
 
 
-def ceiling(realised: np.ndarray) -> np.ndarray:
+def ceiling(realized: np.ndarray) -> np.ndarray:
     """√ of the reliability of the mean over seeds, for each held-out window, `[R, S, K]`."""
-    seeds = realised.shape[1]
+    seeds = realized.shape[1]
     pairs = [
-        spearman(realised[:, i], realised[:, j]) for i in range(seeds) for j in range(i + 1, seeds)
+        spearman(realized[:, i], realized[:, j]) for i in range(seeds) for j in range(i + 1, seeds)
     ]
     agreement = np.clip(np.mean(pairs, axis=0), 0, 1)
     return np.sqrt(seeds * agreement / (1 + (seeds - 1) * agreement))
 
 
 def score(
-    effects: dict[str, Attribution], halves: np.ndarray, realised: np.ndarray
+    effects: dict[str, Attribution], halves: np.ndarray, realized: np.ndarray
 ) -> dict[str, np.ndarray]:
     """LDS of each method, and the ceiling: the estimate, and then resampled halves, `[1 + B]`."""
     rng = np.random.default_rng(2)
     count = len(halves)
     rows = [np.arange(count), *(rng.integers(0, count, (RESAMPLED, count)))]
-    mean = realised.mean(axis=1)
+    mean = realized.mean(axis=1)
     found = {
         name: np.array(
             [spearman((halves @ it.effects.T)[r], mean[r]).mean() for r in rows]
         )
         for name, it in effects.items()
     }  # fmt: skip
-    return found | {"ceiling": np.array([ceiling(realised[r]).mean() for r in rows])}
+    return found | {"ceiling": np.array([ceiling(realized[r]).mean() for r in rows])}
 
 
 def filtered(
@@ -194,11 +194,11 @@ def tell(
     effects: dict[str, Attribution],
     scores: dict[str, np.ndarray],
     rises: dict[str, np.ndarray],
-    realised: np.ndarray,
+    realized: np.ndarray,
 ) -> None:
     """A row for each method."""
     settings = problem.settings
-    spread = realised.mean(axis=1).std(axis=0).mean()
+    spread = realized.mean(axis=1).std(axis=0).mean()
     for name in ("ceiling", "random", *effects):
         row: dict[str, Any] = {}
         told = name.ljust(12)
@@ -217,7 +217,7 @@ def tell(
         report.add(
             told, method=name, halves=settings.halves, windows=settings.windows,
             held_out=settings.held_out, seeds=settings.retrained, measured=settings.measured,
-            spread=float(spread), loss=float(realised.mean()), **row,
+            spread=float(spread), loss=float(realized.mean()), **row,
         )  # fmt: skip
 
 

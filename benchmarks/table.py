@@ -173,7 +173,7 @@ COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
         "mixtures from the response with metagradient, RegMix, DoReMi, DoGE, influence functions",
         reweighting,
     ),
-    "lds": ("predicted and realised losses of retraining on random halves", lds),
+    "lds": ("predicted and realized losses of retraining on random halves", lds),
     "growth": ("time and memory against the size of a problem", growth),
     "checkpoint_cost": (
         "memory of a chain and time of a step on checkpoints, batches of 4 × 32 tokens",
