@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import devinterp_susceptibilities as devinterp
+import devinterp_draws as devinterp
 import floor
 import growth
 import measure
