@@ -48,18 +48,18 @@ class Size(NamedTuple):
     vocabulary: int = 4096
     max_bytes: int = 4_000_000
     context: int = 32
-    steps: int = 400
+    steps: int = 200
     batch: int = 64
-    draws: int = 20
-    pathwise_draws: int = 12
+    draws: int = 10
+    pathwise_draws: int = 8
 
 
 SIZES = {
     "full": Size(),
-    "quick": Size(steps=100, draws=8, pathwise_draws=8),
+    "quick": Size(steps=60, draws=4, pathwise_draws=4),
     "tiny": Size(32, 300, 60_000, 8, steps=4, batch=8, draws=4, pathwise_draws=4),
 }
-SETTING = Setting(batch=8, burnin=48, chains=2)
+SETTING = Setting(batch=8, burnin=32, chains=2)
 SHORT = SETTING._replace(batch=4, burnin=8, thin=2, step_size=5e-3)
 
 
