@@ -14,8 +14,8 @@ for us. Then as `devinterp_chi.py` compares them: the error of χ times the squa
     python benchmarks/devinterp_pythia.py [--quick | --tiny] [--out benchmarks/results]
 
 writes one JSON line a row and a figure, and exits with 1 when a claim fails; estimated at 15
-minutes of CPU time, half of that with `--quick`. `--tiny` is for tests: width 32, hardly trained. Needs the
-bench extra.
+minutes of CPU time, half of that with `--quick`. `--tiny` is for tests: width 32, hardly
+trained. Needs the bench extra.
 """
 
 from __future__ import annotations
