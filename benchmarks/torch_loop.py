@@ -21,30 +21,31 @@ from typing import Any
 
 import numpy as np
 
-import devinterp_susceptibilities as setting
 import jaxpattern as jp
 import language_model
 import measure
+from devinterp_chi import Setting, Task, draw, noise
+from devinterp_susceptibilities import ported
 
 CLAIMED = 20.0
 HEAD = "l1h0"
 
 
-def torch_chi(task: setting.Task, draws: int, seed: int, per_sample: bool) -> np.ndarray:
+def torch_chi(task: Task, draws: int, seed: int, per_sample: bool) -> np.ndarray:
     """χ_z = −Cov[φ, ℓ_z − L], [B, T]."""
     import torch
     from torch.func import functional_call, grad, vmap
 
     import torch_model
 
-    generator = torch.Generator().manual_seed(seed)
-    model = torch_model.to_torch(task.model.params, task.model.loss_fn.config)
+    s, generator = task.setting, torch.Generator().manual_seed(seed)
+    model = task.torch_model()
     model.requires_grad_(False)
-    masks = {name: m.float() for name, m in torch_model.head_masks(model, HEAD).items()}
+    masks = {name: m.float() for name, m in task.masks(model, HEAD).items()}
     centre = {name: model.get_parameter(name).clone() for name in masks}
     data, probes, reference = (
         torch.tensor(np.asarray(x), dtype=torch.long)
-        for x in (task.model.data, task.probes, task.reference)
+        for x in (task.data, task.probes, task.reference)
     )
 
     def losses(part: dict[str, Any], ids: Any) -> Any:
@@ -53,20 +54,20 @@ def torch_chi(task: setting.Task, draws: int, seed: int, per_sample: bool) -> np
     gradient = grad(lambda part, ids: losses(part, ids).mean())
     of_each = vmap(lambda part, row: gradient(part, row[None]), in_dims=(None, 0))
     phis, deviations = [], []
-    for _ in range(setting.CHAINS):
+    for _ in range(s.chains):
         w = {name: x.clone() for name, x in centre.items()}
-        for t in range(1, setting.BURNIN + setting.THIN * draws + 1):
-            ids = data[torch.randint(len(data), (setting.BATCH,), generator=generator)]
+        for t in range(1, s.burnin + s.thin * draws + 1):
+            ids = data[torch.randint(len(data), (s.batch,), generator=generator)]
             if per_sample:
                 g = {name: x.mean(0) for name, x in of_each(w, ids).items()}
             else:
                 g = gradient(w, ids)
             for name, mask in masks.items():
-                drift = setting.NBETA * g[name] + setting.LOCALIZATION * (w[name] - centre[name])
-                noise = torch.randn(mask.shape, generator=generator)
-                step = setting.STEP_SIZE**0.5 * noise - setting.STEP_SIZE / 2 * drift
+                drift = s.nbeta * g[name] + s.localization * (w[name] - centre[name])
+                normal = torch.randn(mask.shape, generator=generator)
+                step = s.step_size**0.5 * normal - s.step_size / 2 * drift
                 w[name] = w[name] + mask * step
-            if t > setting.BURNIN and (t - setting.BURNIN) % setting.THIN == 0:
+            if t > s.burnin and (t - s.burnin) % s.thin == 0:
                 level = losses(w, reference).mean()
                 phis.append(level)
                 deviations.append(losses(w, probes) - level)
@@ -83,13 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = measure.Report("torch_loop", options)
     steps = options.steps or (300 if options.quick else 1000)
     draws = options.draws or (24 if options.quick else 100)
-    task = setting.Task(
-        language_model.trained_model(language_model.GPT2, steps, num_probes=2 * setting.BATCH),
-        [HEAD],
-    )
+    setting = Setting()
+    model = language_model.trained_model(language_model.GPT2, steps, num_probes=2 * setting.batch)
+    task = ported(model, [HEAD], setting)
 
     def library(estimator: Any, num_draws: int, seed: int) -> np.ndarray:
-        return np.asarray(task.jaxpattern(estimator, num_draws, seed).chi["text"][0])
+        return np.asarray(task.ours(estimator, num_draws, seed).chi["text"][0])
 
     rows = {}
     for label, run in (
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         first, second = (measure.cpu_seconds(lambda s=seed, r=run: r(s)) for seed in range(2))
         rows[label] = {
             "cpu_seconds": second[0], "compilation": first[0] - second[0],
-            "noise": setting.noise(first[1], second[1]),
+            "noise": noise(first[1], second[1]),
         }  # fmt: skip
     best = rows["pathwise"]
     for label, row in rows.items():
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         if label.startswith("torch"):
             report.claim(f"{label}: gain {gain:.1f} >= {CLAIMED:g}", gain >= CLAIMED)
-    setting.draw(report, rows, {}, draws)
+    draw(report, rows, {}, setting, draws)
     return report.close()
 
 

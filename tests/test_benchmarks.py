@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import devinterp_susceptibilities as devinterp
+import devinterp_draws as devinterp
 import floor
 import growth
+import jaxpattern as jp
 import lds
 import lds_methods
 import measure
 import reweighting
 import reweighting_methods
+import table
 from jaxpattern.models import transformer
 
 CONFIG = transformer.TransformerConfig(
@@ -226,3 +228,42 @@ def test_the_masks_select_one_head():
         attn = wanted["layers"]["1"]["attn"]
         attn[name] = attn[name].at[0].set(0.0)
     jax.tree.map(np.testing.assert_array_equal, torch_model.from_torch(model), wanted)
+
+
+@pytest.mark.torch
+def test_masks_of_a_neox_select_what_the_component_holds(tmp_path):
+    """A head is moved in a folder by us; its masks are where the tensors of torch differ."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    import lm_models
+
+    import devinterp_pythia as pythia
+
+    folder = lm_models.folder_of("pythia", tmp_path / "start")
+    model = jp.lm.load(folder)
+    head = jp.component(model, "l1h2")
+    moved = head.embed(jax.tree.map(lambda x: x + 1, head.select(model.params)), model.params)
+    jp.lm.save(model, tmp_path / "moved", moved)
+    before, after = (pythia.torch_model(f) for f in (folder, tmp_path / "moved"))
+    masks = pythia.head_masks(before, "l1h2")
+    for name, x in before.named_parameters():
+        changed = (x != after.get_parameter(name)).numpy(force=True)
+        wanted = masks[name].numpy() if name in masks else np.zeros(x.shape, bool)
+        np.testing.assert_array_equal(changed, wanted, err_msg=name)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_the_pythia_benchmark_runs(tmp_path, capsys):
+    for name in ("devinterp", "transformers"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    import devinterp_pythia as pythia
+
+    pythia.main(["--tiny", "--out", str(tmp_path)])
+    rows = table.read(tmp_path / "devinterp_pythia.jsonl")
+    capsys.readouterr()
+    (hybrid,) = (row for row in rows if row["part"] == "hybrid")
+    assert max(hybrid["ours"], hybrid["theirs"]) <= 1e-6
+    assert hybrid["size"] > 0
+    assert {row["over"] for row in rows if row["part"] == "gain"} == {
+        "devinterp", "devinterp, centred",
+    }  # fmt: skip

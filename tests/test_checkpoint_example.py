@@ -123,6 +123,7 @@ def test_smollm2_says_what_is_known_of_it(tmp_path):
         "no life on Earth, because plants need its light to grow and animals need plants to eat."
     )
     tokens = np.array([tokenizer.encode(english).ids], np.int32)
-    assert 1.0 < float(model.loss_fn(model.params, tokens).mean()) < 2.6
     shuffled = np.random.default_rng(0).permutation(tokens[0])[None]
-    assert float(model.loss_fn(model.params, shuffled).mean()) > 6.0
+    # A wrong order of rotary rows or of nibbles costs several nats; rounding does not come so far.
+    for order, nats in ((tokens, 2.243), (shuffled, 6.645)):
+        assert float(model.loss_fn(model.params, order).mean()) == pytest.approx(nats, abs=0.02)
