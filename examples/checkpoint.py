@@ -237,7 +237,7 @@ def compare(lab: Lab, solution: jp.Intervention, seeds: int) -> dict[str, Any]:
     rank = float(scipy.stats.spearmanr(predicted, realised).statistic)
     slope = float(predicted @ realised / (predicted @ predicted))
     print("   change of the held-out loss, 10⁻³ nats a token")
-    print(f"   {'source':12s}{'weight':>8s}{'predicted':>16s}{'realised':>18s}   seeds of its sign")
+    print(f"   {'source':12s}{'weight':>8s}{'predicted':>16s}{'realized':>18s}   seeds of its sign")
     for k, name in enumerate(lab.sources):
         same = int(np.sum(np.sign(shift[:, k]) == np.sign(predicted[k])))
         print(
@@ -245,7 +245,7 @@ def compare(lab: Lab, solution: jp.Intervention, seeds: int) -> dict[str, Any]:
             f"{1e3 * predicted[k]:+10.2f} ± {1e3 * its_error[k]:.2f}"
             f"{1e3 * realised[k]:+11.2f} ± {1e3 * error[k]:.2f}{same:11d} of {seeds}"
         )
-    print(f"   realised over predicted {slope:.2f}; correlation of their ranks {rank:.2f}")
+    print(f"   realized over predicted {slope:.2f}; correlation of their ranks {rank:.2f}")
     from jaxpattern import plot
 
     pairs = [

@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )  # fmt: skip
     realised = dict(zip(sources, realised, strict=True))
     print("   shift of the expected loss, in 10⁻³ nats")
-    print("   source            predicted            realised")
+    print("   source            predicted            realized")
     for name in sources:
         mark = {lower: "  ← to be lowered", hold: "  ← to be held"}.get(name, "")
         pair = "   ".join(
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             s: (float(shift.value), float(shift.stderr))
             for s, shift in zip(sources, jp.predict(run, mixture).values(), strict=True)
         }
-        print("   source            by the posterior    by training         realised by training")
+        print("   source            by the posterior    by training         realized by training")
         for name in sources:
             each = (predicted[name], foreseen[name], retrained[name])
             print(f"   {name:12}" + "".join(f"   {v:+8.4f} ± {e:.4f}" for v, e in each))

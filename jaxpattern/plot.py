@@ -138,7 +138,7 @@ def shifts(
     ax: Axes | None = None,
     unit: str = "nats",
 ) -> Figure:
-    """The predicted shift of each row beside the realised one.
+    """The predicted shift of each row beside the realized one.
 
     Args:
         predicted: row → shift, such as `Intervention.predicted_shift`.
@@ -164,7 +164,7 @@ def shifts(
     place = np.arange(len(names))
     styles = (
         ("predicted", predicted, BLUE, "o", -0.13),
-        ("realised", realised, VERMILLION, "s", 0.13),
+        ("realized", realised, VERMILLION, "s", 0.13),
     )
     ax.axvline(0, color="black", linewidth=0.8)
     for which, (label, values, colour, marker, offset) in enumerate(styles):
@@ -188,7 +188,7 @@ def shifts(
     ax.set_axisbelow(True)
     bars = "" if errors is None else ", bars 95 %"
     ax.set_xlabel(f"shift ({prefix}{unit}{bars})")
-    ax.set_title("Predicted and realised", loc="left")
+    ax.set_title("Predicted and realized", loc="left")
     ax.legend(frameon=False, fontsize=9, loc="best")
     open_frame(ax)
     ax.tick_params(axis="y", length=0)

@@ -91,7 +91,7 @@ def test_shifts_show_both_and_the_target():
     predicted, realised = {"a": -0.01, "b": 0.002}, {"b": 0.001, "a": -0.008}
     errors = ({"a": 0.001, "b": 0.001}, {"a": 0.002, "b": 0.0005})
     figure = render(plot.shifts(predicted, realised, errors, target={"b": 0.0}))
-    for word in ("predicted", "realised", "target", "10⁻³ nats", "95 %"):
+    for word in ("predicted", "realized", "target", "10⁻³ nats", "95 %"):
         assert word in texts(figure)
     render(plot.shifts(predicted, realised, unit="bits"))
     with pytest.raises(ValueError, match="must have the same rows"):

@@ -1,5 +1,6 @@
 """The README: its example runs as it stands, and its commands and files are there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -51,6 +52,29 @@ def test_example_as_it_stands(capfd):
     for source, change in scope["realized"].items():
         assert np.sign(change) == np.sign(float(shift[source]))
         assert np.sign(change) == np.sign(float(scope["by_training"][source].value))
+
+
+def measured(name):
+    return json.loads((ROOT / "docs" / "measured" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_numbers_are_those_measured():
+    run = measured("readme")
+    for source in ("docstrings", "library"):
+        found = run["realized"][source], run["training"][source][0], run["posterior"][source][0]
+        for value in found:
+            assert f"{value:+.3f}".replace("-", "−") in README, (source, value)
+    without = {
+        arm["name"]: (arm["without"], arm["seeds"]) for arm in measured("superposition")["arms"]
+    }
+    assert without["equal"] == (10, 64)
+    assert (without["-0.012"], without["+0.016"]) == ((56, 64), (0, 64))
+    assert "10 of 64 fresh seeds drop one chosen feature" in README
+    assert "56 and none" in README
+    predicted, retrained = (
+        measured("quickstart")[k] for k in ("predicted_shift", "retrained_shift")
+    )
+    assert retrained["headers"]["value"] < 5 * predicted["headers"]["value"] < 0  # many times
 
 
 def test_commands_are_in_the_readme():
