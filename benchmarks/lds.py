@@ -50,6 +50,7 @@ from lds_methods import (
     of_posterior,
     trak,
 )
+from stages import Stages
 
 RESAMPLED = 300
 MORE = 1.85  # cost of covariance over that of pathwise: it has the benefit
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings._replace(halves=min(50, settings.halves))
     report = measure.Report("lds", options)
     problem = Windows(settings)
-    kept = measure.Kept(options.out / "lds.kept.json", **settings._asdict())
+    kept = Stages(options.out / "lds", settings)
     effects = attribute(problem, kept)
 
     rng = np.random.default_rng(1)
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     halves = np.zeros((settings.halves, size))
     for half in halves:
         half[rng.permutation(size)[: size // 2]] = 1.0
-    realized = kept("halves", lambda: {"losses": problem.retrain(halves)})["losses"]
+    realized = kept.stage("halves", lambda: {"losses": problem.retrain(halves)})["losses"]
     scores = score(effects, halves, realized)
     rises = filtered(problem, effects, kept, rng)
     tell(report, problem, effects, scores, rises, realized)
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report.close()
 
 
-def attribute(problem: Windows, kept: measure.Kept) -> dict[str, Attribution]:
+def attribute(problem: Windows, kept: Stages) -> dict[str, Attribution]:
     """Effects and cost of every method."""
     settings, models = problem.settings, []
 
@@ -101,7 +102,7 @@ def attribute(problem: Windows, kept: measure.Kept) -> dict[str, Attribution]:
         )
 
     def found(name: str, method: Callable[[], Attribution]) -> Attribution:
-        return Attribution(**kept(name, make(method)))
+        return Attribution(**kept.stage(name, make(method)))
 
     laplace = jp.laplace(num_signs=2, tolerance=1e-2, max_iterations=6)
     pathwise = found(
@@ -159,7 +160,7 @@ def score(
 
 
 def filtered(
-    problem: Windows, effects: dict[str, Attribution], kept: measure.Kept, rng: Any
+    problem: Windows, effects: dict[str, Attribution], kept: Stages, rng: Any
 ) -> dict[str, np.ndarray]:
     """Rise of a held-out loss without its most helpful tenth, of each held-out window tried."""
     settings = problem.settings
@@ -175,17 +176,12 @@ def filtered(
             )
             row[k, helpful[:tenth]] = 0.0
     flat = np.concatenate([np.ones((1, settings.windows)), rho.reshape(-1, settings.windows)])
-    losses = kept("filter", lambda: {"losses": problem.retrain(flat)})["losses"].mean(axis=1)
+    losses = kept.stage("filter", lambda: {"losses": problem.retrain(flat)})["losses"].mean(axis=1)
     rise = (losses[1:] - losses[0]).reshape(len(names), settings.filtered, -1)
     found = {name: np.array([rise[i, k, k] for k in tried]) for i, name in enumerate(names)}
     # A tenth at random is one for all held-out windows: the mean over all tenths has less noise.
     found["random"] = rise[-1][:, : settings.filtered].mean(axis=0)
     return found
-
-
-def error(values: np.ndarray) -> float:
-    """Standard error of a mean."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def tell(
@@ -206,10 +202,12 @@ def tell(
             row |= {"lds": float(scores[name][0]), "lds_stderr": float(scores[name][1:].std())}
             told += f" LDS {row['lds']:+.3f} ± {row['lds_stderr']:.3f}"
         if name in rises:
+            rise, error = measure.mean_and_error(rises[name])
             row |= {
-                "rise": float(rises[name].mean()), "rise_stderr": error(rises[name]),
+                "rise": rise,
+                "rise_stderr": error,
                 "rise_by_window": rises[name].tolist(),
-            }  # fmt: skip
+            }
             told += f"  filtered {row['rise']:+.4f} ± {row['rise_stderr']:.4f} nats"
         if name in effects:
             row["cost"] = float(effects[name].cost)
@@ -228,10 +226,10 @@ def judge(
     for name, errors in (("covariance", 1), ("Laplace", 2)):
         less = scores["pathwise"] - scores[name]
         report.claim(f"pathwise scores no less than {name}", less[0] > -errors * less[1:].std())
-    more = rises["pathwise"] - rises["random"]
+    more, error = measure.mean_and_error(rises["pathwise"] - rises["random"])
     report.claim(
-        f"without what pathwise finds helpful the loss rises by {more.mean():.4f} > 2 × "
-        f"{error(more):.4f} more than at random", bool(more.mean() > 2 * error(more)),
+        f"without what pathwise finds helpful the loss rises by {more:.4f} > 2 × {error:.4f} more "
+        "than at random", more > 2 * error,
     )  # fmt: skip
 
 
@@ -248,10 +246,8 @@ def draw(
     left.axvline(scores["ceiling"][0], color="black", linestyle=":", label="ceiling")
     left.set(xlabel="rank correlation over halves (LDS)")
     left.legend(fontsize="small")
-    right.barh(
-        list(rises), [1e3 * x.mean() for x in rises.values()],
-        xerr=[1e3 * error(x) for x in rises.values()],
-    )  # fmt: skip
+    height, error = 1e3 * np.transpose([measure.mean_and_error(x) for x in rises.values()])
+    right.barh(list(rises), height, xerr=error)
     right.set(xlabel="rise without the most helpful tenth, 10⁻³ nats")
     for ax in (left, right):
         ax.invert_yaxis()

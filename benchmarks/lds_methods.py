@@ -17,7 +17,7 @@ import optax
 
 import jaxpattern as jp
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
-from reweighting_methods import load_quickstart
+from reweighting_methods import posterior_responses, quickstart
 
 
 class Settings(NamedTuple):
@@ -55,7 +55,6 @@ class Windows:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        quickstart = load_quickstart()
         shape = quickstart.Settings()._replace(
             model=settings.model, train_windows=-(-settings.windows // 6),
             held_out_windows=-(-settings.held_out // 6),
@@ -115,20 +114,12 @@ def of_response(responses: list[jp.Response]) -> Attribution:
 
 def of_posterior(problem: Windows, models: Any, estimator: Any, plan: jp.Plan) -> Attribution:
     """The response of the localized posteriors of the models."""
-    settings, responses = problem.settings, []
-    for i in range(settings.measured):
-        posterior = jp.localized_posterior(
-            problem.loss_fn, jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), models),
-            problem.data, nbeta=settings.nbeta, localization=settings.localization,
-        )  # fmt: skip
-        responses.append(
-            jp.susceptibilities(
-                jax.random.key(1 + i), posterior, jp.sgld(step_size=settings.step_size), plan,
-                observables={"held out": problem.observe}, probes={"data": problem.data},
-                estimator=estimator, reference=problem.data, progress=False,
-            )
-        )  # fmt: skip
-    return of_response(responses)
+    found = posterior_responses(
+        problem, models, estimator, plan, seed=1, data=problem.data,
+        observables={"held out": problem.observe}, probes={"data": problem.data},
+        reference=problem.data,
+    )  # fmt: skip
+    return of_response(found)
 
 
 def metagradient(problem: Windows) -> Attribution:

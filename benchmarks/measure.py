@@ -129,28 +129,10 @@ class Report:
         return bool(self.failed)
 
 
-class Kept:
-    """Numbers that took long, kept in a file beside the rows: an interrupted run goes on from them.
-
-    They belong to the settings they were made with; of others nothing is taken.
-    """
-
-    def __init__(self, path: Path, **settings: Any) -> None:
-        self.path = path
-        self.settings = json.loads(json.dumps(settings, default=str))
-        found = json.loads(path.read_text()) if path.exists() else {}
-        self.values = found["values"] if found.get("settings") == self.settings else {}
-
-    def __call__(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
-        """Arrays by name: those kept, or else those that are made now."""
-        if name not in self.values:
-            start = time.process_time()
-            self.values[name] = {key: np.asarray(x).tolist() for key, x in make().items()}
-            print(f"  {name}: {time.process_time() - start:.0f} CPU s", flush=True)
-            partial = self.path.with_suffix(".part")
-            partial.write_text(json.dumps({"settings": self.settings, "values": self.values}))
-            partial.replace(self.path)
-        return {key: np.asarray(x) for key, x in self.values[name].items()}
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Of independent values, such as one per seed; the error of a single one is not known."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return float(values.mean()), float(error)
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

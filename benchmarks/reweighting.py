@@ -52,16 +52,17 @@ from reweighting_methods import (
     divergence,
     doge,
     doremi,
-    load_quickstart,
     of_posterior,
     of_training,
     online,
+    quickstart,
     regmix,
     slopes_of,
     small,
     solved,
     steepest,
 )
+from stages import Stages
 
 # Written down before any of them was tried: source to lower, source to hold.
 WISHES = (("headers", "reference"), ("docstrings", "licences"), ("tests", "library"))
@@ -74,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="runs of few steps, to see it work")
     parser.add_argument("--seeds", type=int, default=8, help="models of each mixture")
     options = parser.parse_args(argv)
-    quickstart = load_quickstart()
     settings = small(quickstart.Settings())
     seeds, measured = options.seeds, 3
     if options.quick:
@@ -84,10 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds, measured = 2, 2
     report = measure.Report("reweighting", options)
     problem = Mixtures(settings, seeds, measured)
-    kept = measure.Kept(
-        options.out / "reweighting.kept.json", settings=settings._asdict(), seeds=seeds,
-        measured=measured, wishes=WISHES, distance=DISTANCE, sources=problem.sources,
-    )  # fmt: skip
+    made_with = (settings, seeds, measured, WISHES, DISTANCE, problem.sources)
+    kept = Stages(options.out / "reweighting", made_with)
     wishes = [Wish(*(problem.sources.index(s) for s in wish)) for wish in WISHES]
     arms = choose(problem, wishes, kept, options.tiny)
     rows = compare(problem, wishes, arms, kept, report)
@@ -98,13 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def choose(
-    problem: Mixtures, wishes: list[Wish], kept: measure.Kept, tiny: bool
+    problem: Mixtures, wishes: list[Wish], kept: Stages, tiny: bool
 ) -> dict[tuple[int, str], dict[str, np.ndarray]]:
     """Weights `[rounds, sources]` and cost of each wish and method; one-shot weights do not change.
 
     What serves all wishes is measured once, and its cost counted for each.
     """
-    count, signs = (4, 2) if tiny else (16, 2)
+    count = 4 if tiny else 16
     models: list[Any] = []
 
     def trained() -> Any:
@@ -122,15 +120,15 @@ def choose(
             "slopes": slopes_of(problem, response), "cost": response.cost,
         }  # fmt: skip
 
-    laplace = jp.laplace(num_signs=signs, tolerance=1e-2, max_iterations=10)
-    training = kept("training response", lambda: inverted(of_training(problem), 0.02))
+    laplace = jp.laplace(num_signs=2, tolerance=1e-2, max_iterations=10)
+    training = kept.stage("training response", lambda: inverted(of_training(problem), 0.02))
     run_cost = float(training["cost"])
     number = max(2 * len(problem.measured), round(run_cost / (problem.run / 2 + problem.look)))
-    fit = kept("RegMix", lambda: pair("slopes", regmix(problem, number)))
-    pathwise = kept("response", lambda: posterior(load_quickstart().ESTIMATOR, None))
-    gauss = kept("laplace", lambda: posterior(laplace, count))
-    aligned = kept("DoGE", lambda: pair("pairs", doge(problem)))
-    robust = kept("DoReMi", lambda: pair("weights", doremi(problem, trained()[1])))
+    fit = kept.stage("RegMix", lambda: pair("slopes", regmix(problem, number)))
+    pathwise = kept.stage("response", lambda: posterior(quickstart.ESTIMATOR, None))
+    gauss = kept.stage("laplace", lambda: posterior(laplace, count))
+    aligned = kept.stage("DoGE", lambda: pair("pairs", doge(problem)))
+    robust = kept.stage("DoReMi", lambda: pair("weights", doremi(problem, trained()[1])))
     steps = len(problem.measured) * problem.run
     arms: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for i, wish in enumerate(wishes):
@@ -158,7 +156,7 @@ def choose(
             "online, small": {"by": 0.01, "share": 0.5, "method": jp.entropic()},
         }.items():
             go = partial(online, problem, wish, **settings)
-            found = kept(f"{name} {i}", lambda go=go: pair("weights", go()))
+            found = kept.stage(f"{name} {i}", lambda go=go: pair("weights", go()))
             arms[i, name] = found | {"weights": at_distance(found["weights"], DISTANCE)}
     return arms
 
@@ -172,7 +170,7 @@ def compare(
     problem: Mixtures,
     wishes: list[Wish],
     arms: dict[tuple[int, str], dict[str, np.ndarray]],
-    kept: measure.Kept,
+    kept: Stages,
     report: measure.Report,
 ) -> dict[tuple[int, str], dict[str, Any]]:
     """Trains every arm and reports what came of it, against equal parts."""
@@ -180,11 +178,11 @@ def compare(
     def losses(schedule: np.ndarray) -> Callable[[], dict[str, Any]]:
         return lambda: {"losses": problem.train_on(schedule)[1]}
 
-    equal = kept("equal parts", losses(np.tile(problem.equal, (ROUNDS, 1))))["losses"]
+    equal = kept.stage("equal parts", losses(np.tile(problem.equal, (ROUNDS, 1))))["losses"]
     rows = {}
     for (i, name), arm in arms.items():
         label = name if name == "DoReMi" else f"{i} {name}"  # it knows no wish
-        change = kept(f"trained: {label}", losses(arm["weights"]))["losses"] - equal
+        change = kept.stage(f"trained {label}", losses(arm["weights"]))["losses"] - equal
         wish = wishes[i]
         seen = {
             "target": change[:, wish.lower], "held": change[:, wish.hold],
@@ -193,7 +191,7 @@ def compare(
         lower, hold = problem.sources[wish.lower], problem.sources[wish.hold]
         row: dict[str, Any] = {"cost": float(arm["cost"]) + problem.run}
         for key, values in seen.items():
-            row[key], row[f"{key}_stderr"] = mean_and_error(values)
+            row[key], row[f"{key}_stderr"] = measure.mean_and_error(values)
             row[f"{key}_by_seed"] = values.tolist()
         rows[i, name] = row
         told = ", ".join(f"{k} {row[k]:+.4f} ± {row[f'{k}_stderr']:.4f}" for k in seen)
@@ -206,15 +204,10 @@ def compare(
     return rows
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Of values by seed."""
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
-
 def better(a: dict[str, Any], b: dict[str, Any], errors: float) -> bool:
     """Whether a lowers the wished loss by so many standard errors more, at equal held loss."""
     target, held = (
-        mean_and_error(np.subtract(a[f"{key}_by_seed"], b[f"{key}_by_seed"]))
+        measure.mean_and_error(np.subtract(a[f"{key}_by_seed"], b[f"{key}_by_seed"]))
         for key in ("target", "held")
     )
     return target[0] < -errors * target[1] and held[0] <= held[1]
@@ -229,7 +222,7 @@ def judge(report: measure.Report, rows: dict[tuple[int, str], dict[str, Any]]) -
             f"{name} for {WISHES[i][0]}"
             for i in wishes for name in baselines if better(rows[i, name], rows[i, arm], 1)
         ]  # fmt: skip
-        report.claim(f"no baseline is better than {arm} ({told(ahead)})", not ahead)
+        report.claim(f"no baseline is better than {arm} ({', '.join(ahead)})", not ahead)
         report.claim(
             f"{arm} is better than DoGE by two errors for one wish",
             any(better(rows[i, arm], rows[i, "DoGE"], 2) for i in wishes),
@@ -240,12 +233,9 @@ def judge(report: measure.Report, rows: dict[tuple[int, str], dict[str, Any]]) -
             if name not in OURS[-2:] and row["cost"] <= rows[i, arm]["cost"]
             and better(row, rows[i, arm], 1)
         ]  # fmt: skip
-        report.claim(f"no one-shot arm is better than {arm} for less ({told(ahead)})", not ahead)
-
-
-def told(names: list[str]) -> str:
-    """Names in a row."""
-    return ", ".join(names)
+        report.claim(
+            f"no one-shot arm is better than {arm} for less ({', '.join(ahead)})", not ahead
+        )
 
 
 def draw(report: measure.Report, rows: dict[tuple[int, str], dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ method makes, but not the run that its weights are for.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,19 +22,11 @@ import optax
 import jaxpattern as jp
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import quickstart
+
 ROUNDS = 4  # parts of a run between which weights can change
 HALF = 2  # of them a proxy run takes
-
-
-def load_quickstart() -> Any:
-    """The example as a module."""
-    path = Path(__file__).parents[1] / "examples" / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Wish(NamedTuple):
@@ -55,9 +47,8 @@ class Mixtures:
     """The quickstart's sources, models trained on any mixture of them, and what methods measure."""
 
     def __init__(self, settings: Any, seeds: int, measured: int) -> None:
-        self.quickstart = load_quickstart()
         self.settings = settings
-        self.train, self.held_out = self.quickstart.load_text(self.quickstart.parse([]), settings)
+        self.train, self.held_out = quickstart.load_text(quickstart.parse([]), settings)
         self.sources = list(self.train)
         self.equal = np.ones(len(self.sources))
         self.loss_fn = make_loss_fn(settings.model)
@@ -69,7 +60,7 @@ class Mixtures:
         }
         self.keys = jax.random.split(jax.random.key(0), seeds)
         self.measured = jax.random.split(jax.random.key(1), measured)
-        self.held_out_losses = self.quickstart.make_observable(self.loss_fn, self.held_out)
+        self.held_out_losses = quickstart.make_observable(self.loss_fn, self.held_out)
         self.losses = jax.jit(jax.vmap(self.held_out_losses))
         schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
         self.optimizer = optax.adamw(schedule)
@@ -84,7 +75,7 @@ class Mixtures:
     def token_weights(self, weights: np.ndarray) -> np.ndarray:
         """ρ of every token, from one weight per source."""
         mixture = dict(zip(self.sources, weights.tolist(), strict=True))
-        return self.quickstart.token_weights(mixture, self.train)
+        return quickstart.token_weights(mixture, self.train)
 
     def one_part(self, keys: Any, here: tuple[Any, Any], r: int, weights: np.ndarray) -> Any:
         """Part r of a run, from parameters and optimizer state to the next."""
@@ -173,6 +164,35 @@ def of_training(problem: Mixtures) -> jp.Response:
     )  # fmt: skip
 
 
+def posterior_responses(
+    problem: Any, models: Any, estimator: Any, plan: jp.Plan, *, seed: int, data: Any, **asked: Any
+) -> list[jp.Response]:
+    """Response of the localized posterior around each of several trained models.
+
+    Args:
+        problem: whose loss function and settings (nβ, γ, ε) are taken.
+        models: parameters with a leading axis.
+        estimator: how each is measured.
+        plan: of the chains.
+        seed: of the first; the others count on.
+        data: what the posteriors are of.
+        asked: observables, probes and the like, as `susceptibilities` takes them.
+    """
+    settings, responses = problem.settings, []
+    for i in range(len(jax.tree.leaves(models)[0])):
+        posterior = jp.localized_posterior(
+            problem.loss_fn, jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), models), data,
+            nbeta=settings.nbeta, localization=settings.localization,
+        )  # fmt: skip
+        responses.append(
+            jp.susceptibilities(
+                jax.random.key(seed + i), posterior, jp.sgld(step_size=settings.step_size), plan,
+                estimator=estimator, progress=False, **asked,
+            )
+        )  # fmt: skip
+    return responses
+
+
 def of_posterior(problem: Mixtures, models: Any, estimator: Any, count: int | None) -> jp.Response:
     """Mean response of the localized posteriors of several trained models.
 
@@ -182,20 +202,13 @@ def of_posterior(problem: Mixtures, models: Any, estimator: Any, count: int | No
         estimator: how each is measured.
         count: windows of each source that are used; None: all.
     """
-    settings, responses = problem.settings, []
     probes = {s: x[:count] for s, x in problem.train.items()}
-    for i in range(len(jax.tree.leaves(models)[0])):
-        posterior = jp.localized_posterior(
-            problem.loss_fn, jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), models),
-            np.concatenate(list(probes.values())), nbeta=settings.nbeta,
-            localization=settings.localization,
-        )  # fmt: skip
-        response = jp.susceptibilities(
-            jax.random.key(2 + i), posterior, jp.sgld(step_size=settings.step_size),
-            settings.measure, observables={"loss": problem.held_out_losses}, probes=probes,
-            estimator=estimator, progress=False,
-        )  # fmt: skip
-        responses.append(jp.group_mean(response))
+    found = posterior_responses(
+        problem, models, estimator, problem.settings.measure, seed=2,
+        data=np.concatenate(list(probes.values())),
+        observables={"loss": problem.held_out_losses}, probes=probes,
+    )  # fmt: skip
+    responses = [jp.group_mean(response) for response in found]
 
     def mean(*values: Any) -> Any:
         return jnp.stack(values).mean(0)

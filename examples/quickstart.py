@@ -53,7 +53,7 @@ class Settings(NamedTuple):
     learning_rate: float = 4e-3
     nbeta: float = 3e4
     localization: float = 5e4
-    step_size: float = 2.5e-6  # εP of .8 in the stiffest direction
+    step_size: float = 2.5e-6  # εP of about .7 in the stiffest direction
     measure: jp.Plan = jp.Plan(
         num_chains=4, num_burnin=54, num_draws=2, thin=12, num_batches=2, batch_size=8
     )

@@ -57,6 +57,7 @@ class LocalLearningCoefficient(NamedTuple):
     cost: float
     pilot: dict[str, Float[Array, ""]] = {}  # noqa: RUF012
     groups: float = 0.0  # of draws of each chain, which the error is from
+    caveat: float = 0.0  # 1 where the law of the chains is known to lack a term; see `Sampler`
 
     @property
     def verdict(self) -> str:
@@ -175,9 +176,9 @@ def coefficient(run: Run, chains: Recorded, pilot: Pilot | None) -> LocalLearnin
         pilot={
             name: on_device(np.asarray(np.nan if pilot is None else getattr(pilot, name)[0], "f"))
             for name in PILOT
-        }
-        | {"caveat": on_device(np.asarray(bool(run.sampler.caveat), "f"))},
+        },
         groups=float(plan.batches),
+        caveat=float(bool(run.sampler.caveat)),
     )
     if isinstance(trace, np.ndarray) and not result.verdict.startswith("nothing"):
         warn(result.verdict, stacklevel=2)

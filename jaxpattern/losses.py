@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxpattern.types import Batch, Losses, LossFn, Params
 from jaxpattern.validation import batch_length, holds, is_concrete
@@ -200,9 +200,7 @@ def check_finite_gradient(loss_fn: LossFn, params: Params, batch: Batch, weights
     if not all(map(is_concrete, jax.tree.leaves((params, batch, weights)))):
         return
     rho = np.asarray(weights)
-    mixed = np.flatnonzero(
-        (rho == 0).reshape(len(rho), -1).any(axis=1) & (rho != 0).reshape(len(rho), -1).any(axis=1)
-    )
+    mixed = np.flatnonzero(is_counted(rho) & is_counted(rho == 0))
     bad = steep_samples(loss_fn, params, batch, weights, mixed)
     if len(bad):
         raise ValueError(
@@ -266,13 +264,12 @@ def first_counted(weights: Float[Array, "samples *tokens"]) -> Any:
     """The index of a sample that counts; by NumPy where it can, which compiles nothing."""
     if not is_concrete(weights):
         return jnp.argmax(is_counted(weights)).astype(jnp.int32)
-    used = (np.asarray(weights) != 0).reshape(weights.shape[0], -1).any(axis=1)
-    return jax.device_put(np.asarray(np.argmax(used), np.int32))
+    return jax.device_put(np.asarray(np.argmax(is_counted(np.asarray(weights))), np.int32))
 
 
-def is_counted(weights: Float[Array, "samples *tokens"]) -> Array:
-    """Which samples have a loss of weight other than 0."""
-    return jnp.any(weights != 0, axis=tuple(range(1, weights.ndim)))
+def is_counted(weights: Shaped[Array | np.ndarray, "samples *tokens"]) -> Any:
+    """Which samples have a loss of weight other than 0. By NumPy for what NumPy holds."""
+    return (weights != 0).any(axis=tuple(range(1, weights.ndim)))
 
 
 def check_weights(name: str, weights: Any, shape: tuple[int, ...] | None) -> Array | np.ndarray:

@@ -127,7 +127,7 @@ def llc(result: Any) -> Page:
     ]
     if float(result.mean) < 0:
         notes.append("Negative: the parameters are not at a minimum of this loss.")
-    if float(result.pilot.get("caveat", 0)):
+    if float(result.caveat):
         notes.append(
             "Of chains whose law is known to lack a term (the sampler's `caveat`), as that of "
             "rmsprop_sgld lacks its drift Γ unless drift=True."

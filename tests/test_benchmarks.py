@@ -21,6 +21,7 @@ import lds_methods
 import measure
 import reweighting
 import reweighting_methods
+import stages
 import table
 from jaxpattern.models import transformer
 
@@ -142,7 +143,7 @@ def test_better_at_equal_held_loss():
 
 def test_what_took_long_is_kept_for_the_same_settings(tmp_path):
     def kept(**settings):
-        return measure.Kept(tmp_path / "kept.json", **settings)
+        return stages.Stages(tmp_path, settings).stage
 
     found = kept(steps=3)("name", lambda: {"x": np.arange(3.0), "cost": 2.0})
     np.testing.assert_array_equal(found["x"], np.arange(3.0))

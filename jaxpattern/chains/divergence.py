@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from jaxpattern.losses import losses_in_chunks, steep_samples
+from jaxpattern.losses import is_counted, losses_in_chunks, steep_samples
 from jaxpattern.posterior import Posterior
 from jaxpattern.validation import is_concrete
 
@@ -88,13 +88,13 @@ def check_alive(
 def _cause(posterior: Posterior) -> str:
     """What is not finite at w* already, or else what keeps chains together."""
     loss_fn, params, data = posterior.loss_fn, posterior.params, posterior.data
-    counted = np.asarray(posterior.weights) != 0
+    rho = np.asarray(posterior.weights)
     losses = np.asarray(losses_in_chunks(loss_fn, params, data, 64))
-    bad = np.flatnonzero((counted & ~np.isfinite(losses)).reshape(len(losses), -1).any(axis=1))
+    bad = np.flatnonzero(is_counted(np.where(np.isfinite(losses), 0, rho)))
     if len(bad):
         return f"the loss is not finite at w* for samples {bad[:5].tolist()} of data"
-    rows = np.flatnonzero(counted.reshape(len(losses), -1).any(axis=1))
-    steep = steep_samples(loss_fn, params, data, posterior.weights, rows)
+    counted = np.flatnonzero(is_counted(rho))
+    steep = steep_samples(loss_fn, params, data, posterior.weights, counted)
     if len(steep):
         return (
             f"the gradient of the loss is not finite at w* for samples {steep[:5].tolist()} of "
