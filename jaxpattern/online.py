@@ -91,7 +91,7 @@ def pattern(
         hold: rows that must not rise: row → how far each may, against the control, or rows, which
             then may not at all. They count in a round as far as its prediction passes that.
         min_effective_share: least (Σρ)² / (N Σρ²) of the weights, from 0 to 1; a change that
-            passes it is taken in part.
+            passes it, or makes a weight negative, is taken in part.
         weights: ρ to start from, of the shape of the losses; zero excludes. None is ρ = 1.
         method: as in `solve_weights`.
         mode: as in `training_response`: one weight per source, or per loss.
@@ -286,8 +286,12 @@ def _choose(
     def at(scale: float) -> np.ndarray:
         return spread({name: 1 + scale * x for name, x in columns.items()})
 
-    allowed = [i / _SCALES for i in range(_SCALES, 0, -1)]
-    scale = next((s for s in allowed if _effective_share(at(s), base) >= least), 0.0)
+    def fits(scale: float) -> bool:
+        rho = at(scale)
+        # Weights below 0 cannot be trained on; those that the data came with stay.
+        return bool((rho >= np.minimum(base, 0)).all()) and _effective_share(rho, base) >= least
+
+    scale = next((i / _SCALES for i in range(_SCALES, 0, -1) if fits(i / _SCALES)), 0.0)
     if scale == 0.0:
         zero = dict.fromkeys(response.rows, 0.0)
         nothing = {name: np.ones_like(x) for name, x in columns.items()}

@@ -91,6 +91,15 @@ def test_the_budget_on_the_effective_sample_size_holds():
     assert "cut the change short" in str(held)
 
 
+@pytest.mark.filterwarnings("ignore::jaxpattern.WeightsWarning")
+def test_a_change_goes_no_further_than_to_weights_of_zero():
+    """The next round trains, and measures, on them."""
+    result = run(target={"w/0": 2.0}, method=jp.least_norm(), min_effective_share=0.05)
+    for this in result.rounds:
+        assert np.asarray(this.weights).min() >= 0
+    assert any(this.scale < 1 for this in result.rounds)
+
+
 def test_one_seed_and_one_weight_per_loss():
     result = run(
         jax.random.key(2), {"w": jnp.zeros(2)}, mode="reverse", method=jp.least_norm()
