@@ -41,7 +41,7 @@ class Settings(NamedTuple):
     """Everything that decides how long the run takes and how well it measures."""
 
     model: TransformerConfig = TransformerConfig(
-        256, context=64, num_layers=2, num_heads=4, d_model=64
+        256, context=64, num_layers=1, num_heads=2, d_model=64, mlp_width=128
     )
     max_sources: int | None = None
     max_bytes: int = 400_000  # of a source
@@ -49,7 +49,7 @@ class Settings(NamedTuple):
     held_out_windows: int = 32
     seeds: int = 4
     steps: int = 400
-    batch_size: int = 16
+    batch_size: int = 8
     learning_rate: float = 4e-3
     nbeta: float = 3e4
     localization: float = 5e4
@@ -252,7 +252,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--lower", metavar="SOURCE", help="whose loss to lower (default: the highest)"
     )
     parser.add_argument(
-        "--by", metavar="NATS", type=float, default=0.002, help="by how much (%(default)s)"
+        "--by", metavar="NATS", type=float, default=0.0015, help="by how much (%(default)s)"
     )
     parser.add_argument("--hold", metavar="SOURCE", help="whose loss to hold (default: the lowest)")
     parser.add_argument("--text", metavar="FOLDER", help="your own text, one sub-folder a source")

@@ -27,12 +27,12 @@ float32 the difference is noise, and autodiff's product is right; `chains.pilot`
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from jaxpattern.types import Position
 
@@ -84,28 +84,69 @@ def hessian_products(
     """
     if product == "autodiff":
         return jax.vmap(lambda v: jax.jvp(gradient, (at,), (v,))[1])(directions)
-    moved = _mover(at, scale, width)
-    step_type = jax.tree.leaves(at)[0].dtype
-    if product == "central":
+    secants = secants_of(at, directions, product, scale=scale, width=width, key=key, mirror=mirror)
+    slopes = of_each(lambda *end: gradient(secants.place(*end)), secants.steps, secants.numbers)
+    return secants.products(slopes, gradient(at) if product == "one-sided" else None)
 
-        def central(v: Position) -> Position:
-            # Both ends by one function: the program holds the gradient once.
-            step, ends = jax.vmap(partial(moved, v))(jnp.asarray([1.0, -1.0], step_type))
-            slopes = of_each(gradient, ends)
-            return jax.tree.map(lambda g: (g[0] - g[1]) / (2 * step[0]), slopes)
 
-        return of_each(central, directions)
-    here = gradient(at)
+class Secants(NamedTuple):
+    """The places where gradients are asked for, and what their differences say.
 
-    def one_sided(v: Position, sign: Array) -> Position:
-        step, there = moved(v, sign)
-        return _over(gradient(there), here, sign * step)
+    Attributes:
+        at: w.
+        directions: v, `[K, ...]`.
+        steps: s, signed, of every place w + s v.
+        numbers: which v that is: 0 … K − 1, and again for the other ends of central differences.
+    """
 
+    at: Position
+    directions: Position
+    steps: Float[Array, " places"]
+    numbers: Int[np.ndarray, " places"]
+
+    def place(self, step: Array, number: Array) -> Position:
+        """w + s v; w itself where s is 0, whatever has become of v."""
+
+        def one(w: Array, v: Array) -> Array:
+            return jnp.where(step == 0, w, w + (step * v[number]).astype(w.dtype))
+
+        return jax.tree.map(one, self.at, self.directions)
+
+    def products(self, slopes: Position, here: Position | None) -> Position:
+        """∇²L v of every v, from the gradients at the places and, one-sided, from that at w."""
+        if here is not None:
+            return jax.vmap(lambda there, step: _over(there, here, step))(slopes, self.steps)
+        number = len(self.numbers) // 2
+        there, back = (
+            jax.tree.map(lambda g: g[half], slopes)  # noqa: B023
+            for half in (slice(number), slice(number, None))
+        )
+        return jax.vmap(_over)(there, back, 2 * self.steps[:number])
+
+
+def secants_of(
+    at: Position,
+    directions: Position,
+    product: Product,
+    *,
+    scale: Position,
+    width: Any,
+    key: Key[Array, ""],
+    mirror: Any = None,
+) -> Secants:
+    """The places of `hessian_products`; none for autodiff's, which are no differences."""
+    if product == "autodiff":
+        return Secants(at, directions, jnp.zeros(0), np.zeros(0, np.int32))
     number = jax.tree.leaves(directions)[0].shape[0]
-    signs = jax.random.rademacher(key, (number,), step_type)
+    numbers = np.arange(number, dtype=np.int32)
+    steps = jax.vmap(lambda v: _step(v, scale, width))(directions)
+    if product == "central":
+        both = jnp.concatenate([steps, -steps])
+        return Secants(at, directions, both, np.concatenate([numbers, numbers]))
+    signs = jax.random.rademacher(key, (number,), steps.dtype)
     if mirror is not None:
-        signs = signs * mirror.astype(step_type)
-    return of_each(one_sided, directions, signs)
+        signs = signs * mirror.astype(steps.dtype)
+    return Secants(at, directions, signs * steps, numbers)
 
 
 def of_each(function: Callable[..., Any], *each: Any) -> Any:
@@ -133,25 +174,23 @@ def derivatives_along(
     except TypeError as error:
         if "forward-mode" not in str(error) and "custom_vjp" not in str(error):
             raise
-    moved = _mover(at, scale, _VALUE_WIDTH)
 
     def difference(v: Position) -> Any:
-        (step, there), (_, back) = moved(v, 1.0), moved(v, -1.0)
+        step = _step(v, scale, _VALUE_WIDTH)
+        there, back = (
+            jax.tree.map(lambda w, x: w + (size * x).astype(w.dtype), at, v)  # noqa: B023
+            for size in (step, -step)
+        )
         return _over(function(there), function(back), 2 * step)
 
     return function(at), jax.vmap(difference)(directions)
 
 
-def _mover(at: Position, scale: Position, width: Any) -> Callable[[Position, Any], Any]:
-    """v, sign ↦ s and w + sign s v, with s = c / ‖v/σ‖."""
-
-    def moved(v: Position, sign: Any) -> tuple[Array, Position]:
-        squares = jax.tree.map(lambda x, s: jnp.sum((x / s) ** 2), v, scale)
-        length = jnp.sqrt(jax.tree.reduce(jnp.add, squares))
-        step = jnp.where(length > 0, width / jnp.where(length > 0, length, 1.0), 1.0)
-        return step, jax.tree.map(lambda w, x: w + (sign * step * x).astype(w.dtype), at, v)
-
-    return moved
+def _step(v: Position, scale: Position, width: Any) -> Array:
+    """c / ‖v/σ‖: how far along v the noise reaches."""
+    squares = jax.tree.map(lambda x, s: jnp.sum((x / s) ** 2), v, scale)
+    length = jnp.sqrt(jax.tree.reduce(jnp.add, squares))
+    return jnp.where(length > 0, width / jnp.where(length > 0, length, 1.0), 1.0)
 
 
 def _over(a: Position, b: Position, by: Any) -> Position:

@@ -13,7 +13,7 @@ the data, which are drawn independently of the step's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,10 +44,11 @@ from jaxpattern.response.measure import (
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.products import (
     Product,
-    hessian_products,
+    Secants,
     in_words,
     of_each,
     product_cost,
+    secants_of,
 )
 from jaxpattern.response.result import Response
 from jaxpattern.response.step import floats_of, given_step
@@ -95,21 +96,6 @@ class TangentAlgorithm:
             zero = jnp.zeros(len(groups), self.problem.offsets.dtype)
             return TangentState(position_of(state), state, tangents, zero, zero)
 
-        def tilts(key: Key[Array, ""], position: Position) -> tuple[Array, Position]:
-            """L_g − L of every group, and its gradient, `[G, ...]`."""
-            keys = jax.random.split(posterior.own_key(key), len(groups) + 1)
-            measure = jax.value_and_grad(posterior.loss)
-            sets = [self.problem.reference, *groups]
-            batches = [self._part(batch, key) for batch, key in zip(sets, keys, strict=True)]
-            shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
-            if all(shape == shapes[0] for shape in shapes):
-                stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
-                levels, gradients = of_each(partial(measure, position), stacked)
-            else:
-                each = [measure(position, batch) for batch in batches]
-                levels, gradients = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-            return jax.tree.map(lambda x: x[1:] - x[:1], (levels, gradients))
-
         def step(key: Key[Array, ""], state: TangentState, minibatch: Minibatch) -> TangentState:
             # The step keeps the key it would have had: the chain is the plain sampler's.
             tilt_key = jax.random.fold_in(key, 1)
@@ -125,23 +111,28 @@ class TangentAlgorithm:
                     lambda leaves: position_of(floats.rebuild(leaves)), (floats.leaves,), (tangent,)
                 )[1]
 
-            def gradient_at(w: Position) -> Position:
-                return posterior.loss_gradient(w, minibatch)
-
             # H δ_g + ∇(ℓ_g − L) of every group, through one step.
-            bent = hessian_products(
-                gradient_at,
-                position,
-                jax.vmap(tangent_position)(tangents),
-                product=self.product,
-                scale=noise_scale(self.sampler, inner),
-                width=self.width,
-                key=jax.random.fold_in(key, 2),
-                mirror=posterior.mirror,
+            sets = [self.problem.reference, *groups]
+            parts = self._parts(posterior.own_key(tilt_key), sets)
+            directions = jax.vmap(tangent_position)(tangents)
+            secants = secants_of(
+                position, directions, self.product, scale=noise_scale(self.sampler, inner),
+                width=self.width, key=jax.random.fold_in(key, 2), mirror=posterior.mirror,
+            )  # fmt: skip
+            losses, gradients = _look(posterior, secants, minibatch, parts)
+            ends = 1 + len(secants.numbers)
+            gradient, slopes, reference, tilt = (
+                jax.tree.map(lambda g: g[at], gradients)  # noqa: B023
+                for at in (0, slice(1, ends), slice(ends, ends + 1), slice(ends + 1, None))
             )
-            levels, tilt = tilts(tilt_key, position)
+            if self.product == "autodiff":
+                own = partial(posterior.loss_gradient, minibatch=minibatch)
+                bent = jax.vmap(lambda v: jax.jvp(own, (position,), (v,))[1])(directions)
+            else:
+                bent = secants.products(slopes, gradient if self.product == "one-sided" else None)
+            levels = losses[ends + 1 :] - losses[ends]
+            tilt = jax.tree.map(jnp.subtract, tilt, reference)
             pushed = jax.tree.map(jnp.add, bent, tilt)
-            gradient = gradient_at(position)
             _, linear, inner = jax.linearize(move, floats.leaves, gradient, has_aux=True)
             put_in = jax.vmap(partial(linear, jax.tree.map(jnp.zeros_like, floats.leaves)))(tilt)
             tangents = jax.vmap(linear)(tangents, pushed)
@@ -150,13 +141,54 @@ class TangentAlgorithm:
 
         return SamplingAlgorithm(init, step)
 
-    def _part(self, minibatch: Minibatch, key: Key[Array, ""]) -> Minibatch:
-        """`probe_batch` fresh samples; those that are excluded are never evaluated."""
-        batch, weights = counted_rows(*minibatch), minibatch.weights
+    def _parts(self, key: Key[Array, ""], sets: Sequence[Minibatch]) -> list[Minibatch]:
+        """`probe_batch` fresh samples of every set; those that are excluded are never evaluated."""
+        counted = [Minibatch(counted_rows(*each), each.weights) for each in sets]
         if self.probe_batch is None:
-            return Minibatch(batch, weights)
-        index = jax.random.randint(key, (self.probe_batch,), 0, weights.shape[0])
-        return jax.tree.map(lambda x: x[index], Minibatch(batch, weights))
+            return counted
+        keys, sizes = jax.random.split(key, len(sets)), [len(each.weights) for each in sets]
+        draw = partial(jax.random.randint, shape=(self.probe_batch,), minval=0)
+        index = jax.vmap(lambda key, size: draw(key, maxval=size))(keys, np.asarray(sizes))
+        return [
+            jax.tree.map(lambda x: x[chosen], each)  # noqa: B023
+            for each, chosen in zip(counted, index, strict=True)
+        ]
+
+
+def _look(
+    posterior: Posterior, secants: Secants, minibatch: Minibatch, parts: Sequence[Minibatch]
+) -> tuple[Array, Position]:
+    """Loss and gradient on the step's mini-batch, at w and at the ends of secants, and on each part
+    at w. Batches of one shape are looked at in one loop, so that its program holds the model once.
+    """
+    batches, ends = [minibatch, *parts], len(secants.numbers)
+    batch_of = np.asarray([0] * (1 + ends) + list(range(1, len(batches))), np.int32)
+    steps = jnp.pad(secants.steps, (1, len(parts)))
+    numbers = np.pad(secants.numbers, (1, len(parts)))
+    measure = jax.value_and_grad(posterior.loss)
+    shapes = [str(jax.tree.map(jax.typeof, batch)) for batch in batches]
+    order, found = [], []
+    for shape in dict.fromkeys(shapes):
+        members = np.flatnonzero([shape == other for other in shapes])
+        places = np.flatnonzero(np.isin(batch_of, members))
+        alike = batches[members[0]]
+        if len(members) > 1:
+            alike = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(batches[i] for i in members))
+
+        def look(
+            step: Array, number: Array, which: Array,
+            alike: Any = alike, several: bool = len(members) > 1,
+        ) -> Any:  # fmt: skip
+            batch = jax.tree.map(lambda leaf: leaf[which], alike) if several else alike
+            return measure(secants.place(step, number), batch)
+
+        which = np.searchsorted(members, batch_of[places]).astype(np.int32)
+        found.append(of_each(look, steps[places], numbers[places], which))
+        order.append(places)
+    if len(found) == 1:
+        return found[0]
+    back = np.argsort(np.concatenate(order))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[back], *found)
 
 
 def _sizes(state: PyTree[Array], tangents: list[Array]) -> Float[Array, " groups"]:
@@ -189,8 +221,8 @@ class TangentRecorder:
         def phi(leaves: list[Array]) -> Array:
             return self.problem.phi_at(posterior, position_of(floats.rebuild(leaves)))
 
-        values, linear = jax.linearize(phi, floats.leaves)
-        slopes = jax.vmap(linear)(state.tangents).T / posterior.nbeta
+        values, slopes = of_each(lambda v: jax.jvp(phi, (floats.leaves,), (v,)), state.tangents)
+        values, slopes = values[0], slopes.T / posterior.nbeta
         # The levels of the step before the draw: what the covariance beside is made of.
         growth = _sizes(state.state, state.tangents) / jnp.maximum(state.reach, 1e-30)
         return values, (slopes, values, state.levels, growth)
