@@ -46,7 +46,7 @@ class Settings(NamedTuple):
     max_sources: int | None = None
     max_bytes: int = 400_000  # of a source
     train_windows: int = 768  # of a source, like the next
-    held_out_windows: int = 32
+    held_out_windows: int = 24
     seeds: int = 4
     steps: int = 400
     batch_size: int = 8

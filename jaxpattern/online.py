@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from jaxpattern.descent import check_keys
 from jaxpattern.inversion.intervention import Intervention, compose_weights
 from jaxpattern.inversion.methods import InversionMethod
+from jaxpattern.inversion.prediction import predict
 from jaxpattern.inversion.solve import solve_weights
 from jaxpattern.losses import check_loss, normalise_weights
 from jaxpattern.response.problem import check_observables, named
@@ -37,7 +38,7 @@ from jaxpattern.validation import (
     own_streams,
 )
 
-_SCALES = 64  # the largest of so many shares of a change that keeps within the budget
+_HALVINGS = 20  # of the interval that holds the largest share of a change within the budget
 
 
 Measure = Callable[[Key[Array, "*seeds"], Params, Array], Response]
@@ -91,7 +92,7 @@ def pattern(
         hold: rows that must not rise: row → how far each may, against the control, or rows, which
             then may not at all. They count in a round as far as its prediction passes that.
         min_effective_share: least (Σρ)² / (N Σρ²) of the weights, from 0 to 1; a change that
-            passes it, or makes a weight negative, is taken in part.
+            passes it, or makes a weight negative, is drawn back towards the first weights.
         weights: ρ to start from, of the shape of the losses; zero excludes. None is ρ = 1.
         method: as in `solve_weights`.
         mode: as in `training_response`: one weight per source, or per loss.
@@ -134,6 +135,7 @@ def pattern(
     shape, dtype = check_loss(loss_fn, one, data, size)
     base = np.ones(shape, dtype) if weights is None else np.asarray(weights, dtype)
     sources = check_sources(named("sources", sources), normalise_weights(base, shape, dtype))
+    base = base / np.mean(base, dtype=np.float64).astype(dtype)  # of mean 1, as all that follow
     run = partial(
         train, loss_fn=loss_fn, data=data, optimizer=optimizer, num_steps=num_steps,
         batch_size=batch_size, progress=progress, mesh=mesh,
@@ -166,7 +168,7 @@ def pattern(
         due = dict(zip(rows, (old - away).mean(0).tolist(), strict=True))
         change = _choose(
             response, asked, due, (r + 1) / num_rounds, method=method,
-            spread=partial(_spread, present, sources), least=min_effective_share, base=base,
+            present=present, base=base, sources=sources, least=min_effective_share,
         )  # fmt: skip
         here = before if change.solution is None else go(here, change.weights, keep("after"))
         if change.solution is None and same:
@@ -241,7 +243,7 @@ def _shifts(rows: Any, values: np.ndarray) -> tuple[dict[str, float], dict[str, 
 def _spread(
     present: np.ndarray, sources: Mapping[str, Any], change: Mapping[str, Any]
 ) -> np.ndarray:
-    """The weights under a change 1 + s of each source, of mean 1 over all losses."""
+    """The weights times a factor for each source, of mean 1 over all losses."""
     factor = np.ones_like(present)
     for name, index in sources.items():
         mine = np.asarray(change[name], factor.dtype)
@@ -261,14 +263,16 @@ def _choose(
     share: float,
     *,
     method: InversionMethod | None,
-    spread: Callable[[Mapping[str, Any]], np.ndarray],
-    least: float,
+    present: np.ndarray,
     base: np.ndarray,
+    sources: Mapping[str, Any],
+    least: float,
 ) -> _Change:
     """Weights that bring each row from where it is due, against the control, to where it should be.
 
     A held row is left free until it is predicted to pass what it may; then it is asked to stay
-    there.
+    there. What passes the budget is drawn back towards the first weights, and not to those of the
+    round before: so weights that have spent it can still turn.
     """
     wanted = {row: shift * share - due[row] for row, shift in asked.target.items()}
     while True:
@@ -281,26 +285,33 @@ def _choose(
         if not passed:
             break
         wanted |= passed
-    columns = {name: np.asarray(x, np.float64) - 1 for name, x in solution.weights.items()}
+    there = _spread(present, sources, solution.weights)
 
     def at(scale: float) -> np.ndarray:
-        return spread({name: 1 + scale * x for name, x in columns.items()})
+        return base + scale * (there - base)
 
-    def fits(scale: float) -> bool:
-        rho = at(scale)
+    def fits(rho: np.ndarray) -> bool:
         # Weights below 0 cannot be trained on; those that the data came with stay.
         return bool((rho >= np.minimum(base, 0)).all()) and _effective_share(rho, base) >= least
 
-    scale = next((i / _SCALES for i in range(_SCALES, 0, -1) if fits(i / _SCALES)), 0.0)
+    if fits(there):
+        predicted = {row: float(x) for row, x in solution.predicted_shift.items()}
+        return _Change(solution, there, 1.0, wanted, predicted)
+    scale, beyond = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (scale + beyond) / 2
+        scale, beyond = (middle, beyond) if fits(at(middle)) else (scale, middle)
     if scale == 0.0:
-        zero = dict.fromkeys(response.rows, 0.0)
-        nothing = {name: np.ones_like(x) for name, x in columns.items()}
-        return _Change(None, spread(nothing), 0.0, wanted, zero)
-    if scale < 1:
-        solution = solve_weights(response, wanted, method=method, scale=scale)
-    predicted = {row: float(x) for row, x in solution.predicted_shift.items()}
-    weights = spread({name: np.asarray(x) for name, x in solution.weights.items()})
-    return _Change(solution, weights, scale, wanted, predicted)
+        return _Change(None, present, 0.0, wanted, dict.fromkeys(response.rows, 0.0))
+    drawn = at(scale)
+    factor = np.divide(drawn, present, out=np.ones_like(drawn), where=present != 0)
+    relative = {}
+    for name, index in sources.items():
+        mine, counts = factor[np.asarray(index)], present[np.asarray(index)] != 0
+        whole = np.ndim(solution.weights[name]) == 0  # one factor for all of the source
+        relative[name] = mine[counts].mean() if whole and counts.any() else mine
+    predicted = {row: float(shift.value) for row, shift in predict(response, relative).items()}
+    return _Change(solution, drawn, scale, wanted, predicted)
 
 
 def _check_rows(name: str, given: Any, rows: Any) -> dict[str, float]:

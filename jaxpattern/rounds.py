@@ -20,7 +20,7 @@ class Round(NamedTuple):
         response: χ under the weights of the round before.
         solution: what was solved for, relative to those; None where they were kept.
         weights: ρ that was trained on, of the shape of the losses, of mean 1.
-        scale: the share of the change that the budget allowed.
+        scale: how far from the first weights to those that were solved for the budget allowed.
         wanted: shift asked of this round, of each row that was constrained.
         predicted: shift of φ at the end of the round, by the change of the weights, to first order.
         realised: that shift: φ after training on the new weights less φ after training on the old

@@ -202,9 +202,7 @@ def check_params(name: str, params: Any) -> None:
                 "where they are not, give one as a copy, jnp.copy(x)"
             )
     known = [(path, leaf) for path, leaf in leaves if is_concrete(leaf)]
-    with jax.ensure_compile_time_eval():
-        finite = np.asarray(_all_finite([leaf for _, leaf in known])) if known else np.ones(0)
-    for (path, _), fine in zip(known, finite, strict=True):
+    for (path, _), fine in zip(known, _all_finite([leaf for _, leaf in known]), strict=True):
         if not fine:
             raise ValueError(f"{_where(name, path)} holds values that are not finite")
 
@@ -258,9 +256,30 @@ def _check_array(where: str, leaf: Any, wanted: str) -> None:
         )
 
 
+def _all_finite(leaves: list[Any]) -> list[bool]:
+    """Of each array: by NumPy what lies in this host's memory, which compiles nothing, and where it
+    lies, in one program, what does not.
+    """
+    elsewhere = [leaf for leaf in leaves if not _on_host(leaf)]
+    there = []
+    if elsewhere:
+        with jax.ensure_compile_time_eval():
+            there = np.asarray(_finite_there(elsewhere)).tolist()
+    found = iter(there)
+    return [
+        bool(np.all(np.isfinite(np.asarray(leaf)))) if _on_host(leaf) else next(found)
+        for leaf in leaves
+    ]
+
+
+def _on_host(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return True
+    return [device.platform for device in leaf.devices()] == ["cpu"] and leaf.is_fully_addressable
+
+
 @jax.jit
-def _all_finite(leaves: list[Any]) -> jax.Array:
-    """Of each array, in one program and not two for each shape."""
+def _finite_there(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
 
 

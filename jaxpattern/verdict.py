@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+import scipy.special
 
 RHAT = 1.2
 ESS = 10.0
@@ -161,7 +161,7 @@ def disagree(slope: float, error: float, groups: float) -> bool:
     """Whether the covariance of the same draws contradicts a pathwise row."""
     if not (np.isfinite(slope) and error > 0) or groups < 3:
         return False
-    limit = scipy.stats.t.isf(_RARE, groups - 1) * error
+    limit = -scipy.special.stdtrit(groups - 1, _RARE) * error
     return bool(abs(slope - 1) > max(SLOPE, float(limit)))
 
 

@@ -1,5 +1,7 @@
 """Patterning while training: it gets where it is asked to, within its budgets."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,38 @@ def test_the_budget_on_the_effective_sample_size_holds():
     assert any(this.scale < 1 for this in held.rounds)
     assert held.rounds[-1].total["w/0"] < free.rounds[-1].total["w/0"]
     assert "cut the change short" in str(held)
+
+
+@pytest.mark.filterwarnings("ignore::jaxpattern.WeightsWarning")
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_weights_that_have_spent_the_budget_can_turn(mode):
+    """From one source to another: within the budget, and predicted for the weights trained on."""
+    turns = iter([{"x": 0.0, "y": 1.0}, {"x": 1.0, "y": 0.0}])
+
+    def measure(key, params, weights):
+        """A response that first says that y moves w/0, and then that x does."""
+        response = jp.training_response(
+            key, loss, params, CENTERS, optax.sgd(0.1), num_steps=40, batch_size=20, mode=mode,
+            weights=weights, observables=OBSERVABLES, sources=SOURCES, progress=False,
+        )  # fmt: skip
+        told = {"o": 0.0, **next(turns)}
+        chi = {name: jnp.full_like(x, told[name]) for name, x in response.chi.items()}
+        return dataclasses.replace(response, chi=chi)
+
+    found = run(
+        target={"w/0": 50.0}, measure=measure, num_rounds=2, min_effective_share=0.95,
+        method=jp.least_norm(),
+    )  # fmt: skip
+    shares = [this.effective_share for this in found.rounds]
+    assert all(0.95 <= share < 0.96 for share in shares)
+    first, second = (np.asarray(this.weights) for this in found.rounds)
+    assert first[SOURCES["y"]].mean() > 1.2 > 1 > first[SOURCES["x"]].mean()
+    assert second[SOURCES["x"]].mean() > 1.2 > 1 > second[SOURCES["y"]].mean()
+    wanted = sum(
+        told * float(np.sum((second / second.sum() - first / first.sum())[SOURCES[name]]))
+        for name, told in {"o": 0.0, "x": 1.0, "y": 0.0}.items()
+    )
+    assert found.rounds[1].predicted["w/0"] == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::jaxpattern.WeightsWarning")

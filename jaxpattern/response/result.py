@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+import scipy.special
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxpattern import tables, verdict
@@ -145,7 +145,7 @@ def t_factor(level: float, groups: Any) -> np.ndarray:
     if not level < 1:
         raise ValueError(f"level must be below 1, got {level:g}")
     freedom = np.maximum(np.asarray(groups, np.float64) - 1, 1)
-    return np.asarray(scipy.stats.t.ppf((1 + level) / 2, freedom))
+    return np.asarray(scipy.special.stdtrit(freedom, (1 + level) / 2))
 
 
 def doubts(response: Any) -> list[list[str]]:
