@@ -141,12 +141,13 @@ def before(known: Mapping[str, Any]) -> list[str]:
 
 def chaotic(growth: float, horizon: float) -> list[str]:
     """What is wrong with the derivative of a training run."""
-    if growth <= GROWTH:
+    if not growth > GROWTH:
         return []
     return [
         f"a small change of the parameters grows {growth:.2g} times along the run: the response is "
         f"that of ever smaller changes of the weights. Up to about {horizon:.0f} steps it can be "
-        "trusted; fewer steps or a smaller learning rate help"
+        "trusted; fewer steps or a smaller learning rate help, and mode='secant' measures what "
+        "changes of a given width do"
     ]
 
 

@@ -161,7 +161,7 @@ def doubts(response: Any) -> list[list[str]]:
     rhat, ess = np.asarray(response.rhat), np.asarray(response.ess)
     found = []
     for k in range(len(response.rows)):
-        if "horizon" in known:  # of training runs, which have no chains
+        if "skipped" in known:  # of training runs, which have no chains
             found.append(
                 verdict.chaotic(float(of["growth"][k]), float(of["horizon"][k]))
                 + verdict.left_out(float(of["skipped"][k]))

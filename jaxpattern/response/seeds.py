@@ -63,6 +63,13 @@ def check_ends(found: Derivative, rows: tuple[str, ...]) -> Bool[Array, " seeds"
         raise DivergenceError(
             f"observables {names} are not finite at the end of the run in any of {seeds} seeds"
         )
+    if found.norms is None:
+        if not (ended & finite).any():
+            raise DivergenceError(
+                f"in all of {seeds} seeds a run with more or less weight on a source has no finite "
+                "observables at its end; take a smaller width"
+            )
+        return jax.device_put(ended & finite)
     norms, broken = np.asarray(found.norms), np.asarray(found.broken)
     for s in np.flatnonzero(ended & ~finite):
         known = norms[s, :, : broken[s] + 1 if broken[s] >= 0 else None]
@@ -139,12 +146,15 @@ def over_seeds(
     phi = zeroed(found.phi)
     mean = jnp.sum(phi, axis=0) / number
     squares = jnp.sum(zeroed((phi - mean[None]) ** 2), axis=0)
-    growth = jax.vmap(_growth)(found.norms)
-    least = jnp.min(jnp.where(alive[:, None], growth.horizon, jnp.inf), axis=0)
-    zero = jnp.zeros_like(mean)
-    health = {
-        "growth": zero + jnp.max(zeroed(growth.growth), axis=0).astype(zero.dtype),
-        "horizon": zero + least.astype(zero.dtype),
+    zero, health = jnp.zeros_like(mean), {}
+    if found.norms is not None:
+        growth = jax.vmap(_growth)(found.norms)
+        least = jnp.min(jnp.where(alive[:, None], growth.horizon, jnp.inf), axis=0)
+        health = {
+            "growth": zero + jnp.max(zeroed(growth.growth), axis=0).astype(zero.dtype),
+            "horizon": zero + least.astype(zero.dtype),
+        }
+    health |= {
         "skipped": zero + jnp.sum(found.skipped).astype(zero.dtype),
         "groups": zero + number.astype(zero.dtype),
     }

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int, Key, PyTree, Shaped
 from jaxpattern.descent import Descent, check_descent, check_keys
 from jaxpattern.losses import first_losses
 from jaxpattern.posterior import Minibatch
-from jaxpattern.response import trajectory
+from jaxpattern.response import trajectory, twins
 from jaxpattern.response.problem import check_observables, named
 from jaxpattern.response.result import Response, doubts
 from jaxpattern.response.seeds import check_ends, over_seeds
@@ -27,10 +27,11 @@ from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import Host, host_for
 from jaxpattern.runtime.mesh import fetch, loop_bounds, pad_lanes, put, resolve_mesh, take
 from jaxpattern.types import Batch, Losses, Params
-from jaxpattern.validation import check_count, is_concrete, num_required, own_streams
+from jaxpattern.validation import check_count, check_number, is_concrete, num_required, own_streams
 from jaxpattern.verdict import warn
 
-Mode = Literal["forward", "reverse"]
+Mode = Literal["forward", "reverse", "secant"]
+WIDTH = 0.25
 
 
 def training_response(
@@ -46,6 +47,7 @@ def training_response(
     sources: Mapping[str, Any] | Iterable[tuple[str, Any]],
     weights: Shaped[Array | np.ndarray, "samples *tokens"] | None = None,
     mode: Mode = "forward",
+    width: float | None = None,
     num_snapshots: int | None = None,
     optimizer_state: PyTree[Any] | None = None,
     progress: bool = True,
@@ -72,9 +74,15 @@ def training_response(
     derivatives; roots in the optimizer have derivative 0 at 0, so that Adam needs no `eps_root`.
 
     The derivative of a long run may grow without bound. Then it is right for ever smaller changes
-    of the weights only; the verdict says so.
+    of the weights only; the verdict says so. `mode="secant"` measures what changes of a given
+    `width` do: for each source two more runs, with its weights times 1 + δ and 1 − δ,
 
-    `diagnostics` hold, for each row (the worst of all seeds):
+        dφ/dρ_g ≈ [φ(w_T; 1 + δ) − φ(w_T; 1 − δ)] / 2δ ,
+
+    which is the derivative smoothed over ± δ. It needs no derivative but the run's own gradients,
+    sees kinks, and costs two runs per source, where a tangent costs as much.
+
+    `diagnostics` hold, for each row (the worst of all seeds; the first two not of secants):
 
     * `"growth"`: how many times a perturbation of the parameters grew along the run: a random one
       of the start forwards, the adjoint backwards. About 1 where the run contracts;
@@ -94,7 +102,8 @@ def training_response(
             `name/0` …
         sources: name → indices of samples of `data`; none is in two.
         weights: ρ of the shape of the losses; zero excludes. None is ρ = 1.
-        mode: `"forward"` or `"reverse"`.
+        mode: `"forward"`, `"reverse"` or `"secant"`.
+        width: δ of secants, at most 1; None: 0.25.
         num_snapshots: states of the run that are kept for the way back; those between two are
             computed again, and held while they are needed. None: the root of `num_steps`.
         optimizer_state: that of `optimizer` to start from.
@@ -139,19 +148,25 @@ def training_response(
     assert rows is not None
     assert functions is not None
     places = check_sources(named("sources", sources), rho)
-    number = len(places) if mode == "forward" else len(rows)
+    number = len(rows) if mode == "reverse" else len(places)
+    delta = _width(width, mode)
     length = _segment_length(num_steps, num_snapshots, mode)
     ask = Ask(Minibatch(data, rho), functions, jax.device_put(_source_of(places, len(rho))))
     with host_for(
         "training_response", checkpoint=checkpoint, mesh=mesh, progress=progress,
         losses=partial(first_losses, run.losses, one, data),
         key=key, params=params, data=data, weights=rho, observables=functions,
-        sources=ask.source, optimizer_state=given, mode=mode, length=length, **run.arguments,
+        sources=ask.source, optimizer_state=given, mode=mode, length=length, width=delta,
+        **run.arguments,
     ) as host:  # fmt: skip
         ask = put(ask, mesh)
         lanes = put(pad_lanes(lanes, mesh), mesh, "chain")
-        sweep = _forwards if mode == "forward" else partial(_backwards, length=length)
-        found = sweep(host, run, ask, lanes, seeds or 1, number)
+        sweeps: dict[str, Callable[..., Derivative]] = {
+            "forward": _forwards,
+            "reverse": partial(_backwards, length=length),
+            "secant": partial(_twins, width=put(jax.device_put(np.float32(delta)), mesh)),
+        }
+        found = sweeps[mode](host, run, ask, lanes, seeds or 1, number)
         found = fetch(jax.tree.map(lambda x: x[: seeds or 1], found), mesh)
     alive = check_ends(found, rows)
     response = _assemble(
@@ -162,13 +177,25 @@ def training_response(
     return response
 
 
+def _width(width: float | None, mode: str) -> float:
+    """δ of twin runs."""
+    if width is None:
+        return WIDTH if mode == "secant" else 0.0
+    check_number("width", width, minimum=0.0, exclusive=True)
+    if mode != "secant":
+        raise ValueError(f"width is for mode='secant'; mode={mode!r} differentiates")
+    if width > 1:
+        raise ValueError(f"width must be at most 1, where weights are 0, got {width:g}")
+    return float(width)
+
+
 def _segment_length(num_steps: int, num_snapshots: int | None, mode: str) -> int:
     """Steps of a segment of the way back."""
     if num_snapshots is None:
         return max(1, math.isqrt(num_steps))
     check_count("num_snapshots", num_snapshots, minimum=1)
-    if mode == "forward":
-        raise ValueError("num_snapshots is for mode='reverse'; forwards keeps no states")
+    if mode != "reverse":
+        raise ValueError(f"num_snapshots is for mode='reverse'; mode={mode!r} keeps no states")
     return -(-num_steps // min(num_snapshots, num_steps))
 
 
@@ -251,6 +278,19 @@ def _backwards(
     return Derivative(state.phi, state.slope, state.norms, state.broken, skipped)
 
 
+def _twins(
+    host: Host, run: Descent, ask: Ask, lanes: tuple, seeds: int, number: int, *, width: Array
+) -> Derivative:
+    key = lanes[0]
+    return host.loop(
+        "response", run.num_steps, partial(twins.start_twins, run, number, *lanes),
+        lambda state, a, b: twins.advance_twins(
+            run, ask, width, state, key, loop_bounds(a, b, host.mesh)
+        ),
+        final=partial(twins.read_twins, run, ask, width), lanes=seeds,
+    )  # fmt: skip
+
+
 def _assemble(
     found: Derivative,
     alive: Bool[Array, " seeds"],
@@ -263,7 +303,7 @@ def _assemble(
     observables: dict[str, Callable],
 ) -> Response:
     """The response of all seeds."""
-    grouped, seeds = mode == "forward", len(found.phi)
+    grouped, seeds = mode != "reverse", len(found.phi)
     order = {name: np.int32(i) for i, name in enumerate(places)}
     all_seeds = over_seeds(found, alive, rho, places, order, grouped=grouped)
     estimates = all_seeds.estimates
@@ -299,7 +339,9 @@ def _cost(
 ) -> float:
     """Gradient equivalents: products of one batch that share a gradient count 1 + 2 each."""
     observed = sum(getattr(phi, "num_samples", 0) for phi in observables.values())
-    if mode == "forward":  # the perturbation of the start is one more product
+    if mode == "secant":
+        each, after = 1 + 2 * number, observed * (1 + 2 * number) / 3
+    elif mode == "forward":  # the perturbation of the start is one more product
         each, after = 1 + 2 * (number + 1), observed * (1 + number) / 3
     else:  # the run, the run again, and the way back
         each, after = 3 + 2 * number, float(observed)

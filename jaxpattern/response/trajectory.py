@@ -58,14 +58,15 @@ class Derivative(NamedTuple):
         slope: dφ/dρ, ρ relative to the weights of the run: `[K, G]`, a source, or `[K, N]` or
             `[K, N, T]`, a loss.
         norms: ‖δw‖ after each step of the perturbation that nothing feeds, the first its start:
-            `[1, T + 1]` forwards, `[K, T + 1]` backwards, where the first is λ_T.
+            `[1, T + 1]` forwards, `[K, T + 1]` backwards, where the first is λ_T; None of
+            differences of runs.
         broken: how many steps the derivative was followed before it was not finite, −1 if never.
         skipped: steps left out because their loss or gradient was not finite.
     """
 
     phi: Float[Array, " rows"]
     slope: Float[Array, "rows *columns"]
-    norms: Float[Array, "perturbations steps"]
+    norms: Float[Array, "perturbations steps"] | None
     broken: Int[Array, ""]
     skipped: Int[Array, ""]
 
