@@ -7,8 +7,9 @@ starts and batches. Methods measure on other seeds than those.
 
   response     ours: the pathwise response of trained models, inverted by `entropic()`
   training     ours: the response of the training run, `training_response`, inverted the same way
-  online       ours: `pattern` in four rounds, which is asked for more than its budget allows, the
-               effective sample size of `training`; the first round spends it
+  twins        the same from twin runs, `training_response(mode="secant")`
+  online       ours: `pattern` in four rounds by twin runs, which is asked for more than its budget
+               allows, the effective sample size of `training`
   online, small  the same asked for little, and its four rounds brought to the distance together
   metagradient log ρ ∝ −dL(w_T)/dρ of the wished loss (backwards: the same derivative, for less)
   RegMix       a linear fit to proxy runs on random mixtures, at the cost of `training`
@@ -67,7 +68,7 @@ from stages import Stages
 # Written down before any of them was tried: source to lower, source to hold.
 WISHES = (("headers", "reference"), ("docstrings", "licences"), ("tests", "library"))
 DISTANCE = 0.02  # KL(ρ‖1) of all weights: an effective sample size of about 96 %
-OURS = ("response", "training", "online", "online, small")
+OURS = ("response", "training", "twins", "online", "online, small")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +122,8 @@ def choose(
         }  # fmt: skip
 
     laplace = jp.laplace(num_signs=2, tolerance=1e-2, max_iterations=10)
-    training = kept.stage("training response", lambda: inverted(of_training(problem), 0.02))
+    training = kept.stage("training", lambda: inverted(of_training(problem, "forward"), 0.02))
+    twins = kept.stage("twins", lambda: inverted(of_training(problem, "secant"), 0.02))
     run_cost = float(training["cost"])
     number = max(2 * len(problem.measured), round(run_cost / (problem.run / 2 + problem.look)))
     fit = kept.stage("RegMix", lambda: pair("slopes", regmix(problem, number)))
@@ -135,6 +137,7 @@ def choose(
         one_shot: dict[str, tuple[np.ndarray, Any]] = {
             "response": (pathwise["weights"][i], pathwise["cost"]),
             "training": (training["weights"][i], run_cost),
+            "twins": (twins["weights"][i], twins["cost"]),
             "metagradient": (along(-training["slopes"][wish.lower]), 5 * steps),
             "RegMix": (steepest(fit["slopes"], wish), fit["cost"]),
             "DoReMi": (robust["weights"], robust["cost"]),

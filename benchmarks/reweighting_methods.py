@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.special
 
 import jaxpattern as jp
 from jaxpattern.models import TransformerConfig, make_loss_fn, transformer
@@ -39,8 +40,9 @@ class Wish(NamedTuple):
 def small(settings: Any) -> Any:
     """The quickstart's problem with a smaller model and shorter runs."""
     return settings._replace(
-        model=TransformerConfig(256, context=32, num_layers=1, num_heads=2, d_model=32), steps=120
-    )
+        model=TransformerConfig(256, context=32, num_layers=1, num_heads=2, d_model=32), steps=120,
+        batch_size=16, held_out_windows=32,
+    )  # fmt: skip
 
 
 class Mixtures:
@@ -97,7 +99,7 @@ class Mixtures:
 
 def divergence(weights: np.ndarray) -> float:
     """KL(ρ‖1) of weights of mean 1."""
-    return float(np.mean(weights * np.log(weights)))
+    return float(np.mean(scipy.special.xlogy(weights, weights)))
 
 
 def at_distance(weights: np.ndarray, distance: float) -> np.ndarray:
@@ -154,13 +156,13 @@ def solved(problem: Mixtures, response: jp.Response, wish: Wish, by: float) -> n
     return np.array([float(solution.weights[s]) for s in problem.sources])
 
 
-def of_training(problem: Mixtures) -> jp.Response:
+def of_training(problem: Mixtures, mode: str) -> jp.Response:
     """Response of the whole training run on equal parts, over the measured seeds."""
     return jp.training_response(
         problem.measured, problem.loss_fn, problem.start(problem.measured), problem.data,
         problem.optimizer, num_steps=problem.settings.steps,
         batch_size=problem.settings.batch_size, observables={"loss": problem.held_out_losses},
-        sources=problem.places, progress=False,
+        sources=problem.places, progress=False, mode=mode,
     )  # fmt: skip
 
 
@@ -335,7 +337,7 @@ def online(
             target={f"loss/{wish.lower}": -by}, hold=[f"loss/{wish.hold}"],
             observables={"loss": problem.held_out_losses}, sources=problem.places,
             num_rounds=ROUNDS, num_steps=problem.part, batch_size=problem.settings.batch_size,
-            min_effective_share=share, method=method, progress=False,
+            min_effective_share=share, method=method, mode="secant", progress=False,
         )  # fmt: skip
     schedule = np.array(
         [

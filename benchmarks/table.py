@@ -128,6 +128,14 @@ def reweighting(rows: Rows) -> str:
     return f"three wishes, {seeds} paired seeds, table below; {claims(rows)}"
 
 
+def training_response(rows: Rows) -> str:
+    found = ", ".join(
+        f"{row['steps']} steps by the {row['way']} {row['ratio']:.2f} and {row['correlation']:.2f}"
+        for row in rows if "way" in row
+    )  # fmt: skip
+    return f"realized over predicted on the targeted loss, and correlation: {found}; {claims(rows)}"
+
+
 def lds(rows: Rows) -> str:
     scores = ", ".join(
         f"{row['method']} {row['lds']:.2f} ± {row['lds_stderr']:.2f}" for row in rows
@@ -174,6 +182,10 @@ COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "torch_loop": ("χ of a head with a hand-written torch loop", torch_loop),
     "devinterp_llc": ("spread and coverage of the LLC with devinterp's", llc),
     "floor": ("CPU time of each part with the bare computation, a ratio", floor),
+    "training_response": (
+        "change of six losses by retraining with what the training run's response predicts",
+        training_response,
+    ),
     "reweighting": (
         "mixtures from the response with metagradient, RegMix, DoReMi, DoGE, influence functions",
         reweighting,

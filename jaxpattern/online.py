@@ -95,7 +95,7 @@ def pattern(
             passes it, or makes a weight negative, is drawn back towards the first weights.
         weights: ρ to start from, of the shape of the losses; zero excludes. None is ρ = 1.
         method: as in `solve_weights`.
-        mode: as in `training_response`: one weight per source, or per loss.
+        mode: as in `training_response`: one weight per loss (`"reverse"`), or per source.
         measure: another response: `(key, params, weights) -> Response` whose probe sets are the
             sources and whose rows hold the observables, as `susceptibilities` makes it. None: the
             response of the round's own training run.
