@@ -14,6 +14,7 @@ import scipy.stats
 
 import devinterp_draws as devinterp
 import floor
+import fresh_circuit
 import growth
 import jaxpattern as jp
 import lds
@@ -23,6 +24,7 @@ import reweighting
 import reweighting_methods
 import stages
 import table
+import training_response
 from jaxpattern.models import transformer
 
 CONFIG = transformer.TransformerConfig(
@@ -189,7 +191,7 @@ def test_benchmarks_of_data_run(benchmark, tmp_path):
     assert (tmp_path / f"{name}.png").exists()
     if benchmark is reweighting:
         arms = [row for row in rows if "method" in row]
-        assert len(arms) == 3 * 11
+        assert len(arms) == 3 * 12
         for row in arms:
             assert np.mean(row["weights"], axis=1) == pytest.approx(np.ones(4), abs=1e-4)
             assert row["cost"] > 0
@@ -197,6 +199,27 @@ def test_benchmarks_of_data_run(benchmark, tmp_path):
     else:
         assert [row["method"] for row in rows[:2]] == ["ceiling", "random"]
         assert all(abs(row["lds"]) <= 1 for row in rows if "lds" in row)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_training_response_runs(tmp_path):
+    training_response.main(["--tiny", "--out", str(tmp_path)])
+    lines = (tmp_path / "training_response.jsonl").read_text().splitlines()
+    *ways, claims = map(json.loads, lines)
+    assert [row["way"] for row in ways] == ["derivative", "twins"]
+    assert ways[0]["realized"] == ways[1]["realized"]
+    assert np.isfinite([row["predicted"] for row in ways]).all()
+    assert claims["number"] == 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_fresh_circuit_runs(tmp_path):
+    assert fresh_circuit.main(["--tiny", "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "fresh_circuit.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        assert min(row["shares"]) >= 0.6 - 1e-6
+        assert np.shape(row["weights"]) == (4, 10)
+        assert row["steps_of_measuring"] == 2 * 4 * 2 * (21 + 3)
 
 
 def test_exponents_of_power_laws():
