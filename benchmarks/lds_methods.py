@@ -108,7 +108,10 @@ class Attribution(NamedTuple):
 
 def of_response(responses: list[jp.Response]) -> Attribution:
     """nβ χ q of each window, mean over models."""
-    effects = [np.asarray(r.chi["data"] * r.mass["data"] * r.nbeta, np.float64) for r in responses]
+    effects = [
+        np.asarray(r.chi["data"], np.float64) * np.asarray(r.mass["data"]) * float(r.nbeta)
+        for r in responses
+    ]
     return Attribution(np.mean(effects, axis=0), sum(r.cost for r in responses))
 
 

@@ -104,7 +104,8 @@ def divergence(weights: np.ndarray) -> float:
 
 def at_distance(weights: np.ndarray, distance: float) -> np.ndarray:
     """ρ ∝ exp(t log ρ) with t where KL(ρ‖1), a mean over rounds, is the one wanted."""
-    logs = np.log(weights)
+    with np.errstate(divide="ignore"):  # weights of 0 stay 0
+        logs = np.log(weights)
     low, high = 0.0, 1.0
 
     def tilt(t: float) -> np.ndarray:
