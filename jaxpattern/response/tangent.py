@@ -13,7 +13,7 @@ the data, which are drawn independently of the step's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -161,34 +161,39 @@ def _look(
     """Loss and gradient on the step's mini-batch, at w and at the ends of secants, and on each part
     at w. Batches of one shape are looked at in one loop, so that its program holds the model once.
     """
-    batches, ends = [minibatch, *parts], len(secants.numbers)
-    batch_of = np.asarray([0] * (1 + ends) + list(range(1, len(batches))), np.int32)
+    batches = [minibatch, *parts]
+    batch_of = np.arange(-len(secants.numbers), len(batches)).clip(0)
     steps = jnp.pad(secants.steps, (1, len(parts)))
     numbers = np.pad(secants.numbers, (1, len(parts)))
-    measure = jax.value_and_grad(posterior.loss)
     shapes = [str(jax.tree.map(jax.typeof, batch)) for batch in batches]
     order, found = [], []
     for shape in dict.fromkeys(shapes):
         members = np.flatnonzero([shape == other for other in shapes])
         places = np.flatnonzero(np.isin(batch_of, members))
-        alike = batches[members[0]]
-        if len(members) > 1:
-            alike = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(batches[i] for i in members))
-
-        def look(
-            step: Array, number: Array, which: Array,
-            alike: Any = alike, several: bool = len(members) > 1,
-        ) -> Any:  # fmt: skip
-            batch = jax.tree.map(lambda leaf: leaf[which], alike) if several else alike
-            return measure(secants.place(step, number), batch)
-
         which = np.searchsorted(members, batch_of[places]).astype(np.int32)
+        look = _looking(posterior, secants, [batches[i] for i in members])
         found.append(of_each(look, steps[places], numbers[places], which))
         order.append(places)
     if len(found) == 1:
         return found[0]
     back = np.argsort(np.concatenate(order))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[back], *found)
+
+
+def _looking(
+    posterior: Posterior, secants: Secants, batches: Sequence[Minibatch]
+) -> Callable[[Array, Array, Array], tuple[Array, Position]]:
+    """Loss and gradient at w + s v on one of several batches of one shape."""
+    measure = jax.value_and_grad(posterior.loss)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches) if batches[1:] else None
+
+    def look(step: Array, number: Array, which: Array) -> tuple[Array, Position]:
+        if stacked is None:
+            return measure(secants.place(step, number), batches[0])
+        batch = jax.tree.map(lambda leaf: leaf[which], stacked)
+        return measure(secants.place(step, number), batch)
+
+    return look
 
 
 def _sizes(state: PyTree[Array], tangents: list[Array]) -> Float[Array, " groups"]:
