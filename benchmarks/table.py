@@ -136,6 +136,17 @@ def training_response(rows: Rows) -> str:
     return f"realized over predicted on the targeted loss, and correlation: {found}; {claims(rows)}"
 
 
+def fresh_circuit(rows: Rows) -> str:
+    def told(steps: list[float | None]) -> str:
+        return ", ".join("never" if x is None else f"{x:.0f}" for x in steps)
+
+    arms = "; ".join(
+        f"by the {row['observable']} {told(row['formed'])} ({number(row['steps_of_measuring'])} "
+        "steps of measuring)" for row in rows
+    )  # fmt: skip
+    return f"steps to the circuit, four seeds: unweighted {told(rows[0]['unweighted'])}; {arms}"
+
+
 def lds(rows: Rows) -> str:
     scores = ", ".join(
         f"{row['method']} {row['lds']:.2f} ± {row['lds_stderr']:.2f}" for row in rows
@@ -185,6 +196,10 @@ COMPARED: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "training_response": (
         "change of six losses by retraining with what the training run's response predicts",
         training_response,
+    ),
+    "fresh_circuit": (
+        "the induction circuit of fresh models under `pattern`, with unweighted data",
+        fresh_circuit,
     ),
     "reweighting": (
         "mixtures from the response with metagradient, RegMix, DoReMi, DoGE, influence functions",

@@ -38,9 +38,10 @@ def run(key=None, params=None, optimizer=None, **settings):
     return jp.pattern(key, loss, params, CENTERS, optimizer, **(given | settings))
 
 
-def test_it_gets_there_and_says_how():
+@pytest.mark.parametrize("mode", ["forward", "secant"])
+def test_it_gets_there_and_says_how(mode):
     """Linear in w but not in ρ: a round misses by second order, and the next makes up for it."""
-    result = run(hold={"w/1": 0.01}, method=jp.least_norm())
+    result = run(hold={"w/1": 0.01}, method=jp.least_norm(), mode=mode)
     assert len(result.rounds) == 3
     for r, this in enumerate(result.rounds):
         assert this.total["w/0"] == pytest.approx(0.1 * (r + 1) / 3, abs=0.004)
