@@ -58,7 +58,7 @@ class Settings(NamedTuple):
         num_chains=4, num_burnin=54, num_draws=2, thin=12, num_batches=2, batch_size=8
     )
     check: jp.Plan = jp.Plan(
-        num_chains=4, num_burnin=54, num_draws=8, thin=6, num_batches=4, batch_size=8
+        num_chains=4, num_burnin=54, num_draws=4, thin=6, num_batches=4, batch_size=8
     )
 
 
