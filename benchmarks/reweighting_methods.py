@@ -55,11 +55,7 @@ class Mixtures:
         self.equal = np.ones(len(self.sources))
         self.loss_fn = make_loss_fn(settings.model)
         self.data = np.concatenate(list(self.train.values()))
-        ends = np.cumsum([len(x) for x in self.train.values()])
-        self.places = {
-            s: np.arange(end - len(self.train[s]), end)
-            for s, end in zip(self.sources, ends, strict=True)
-        }
+        self.places = quickstart.rows_of(self.train)
         self.keys = jax.random.split(jax.random.key(0), seeds)
         self.measured = jax.random.split(jax.random.key(1), measured)
         self.held_out_losses = quickstart.make_observable(self.loss_fn, self.held_out)

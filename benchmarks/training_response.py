@@ -84,13 +84,8 @@ class Runs:
 
     def response(self, mode: str) -> jp.Response:
         """From the runs on equal parts."""
-        ends = np.cumsum([len(windows) for windows in self.train.values()])
-        sources = {
-            name: np.arange(end - len(windows), end)
-            for end, (name, windows) in zip(ends, self.train.items(), strict=True)
-        }
         return jp.training_response(
-            *self.setup, **self.length, mode=mode, sources=sources,
+            *self.setup, **self.length, mode=mode, sources=quickstart.rows_of(self.train),
             observables={"loss": self.observe},
         )  # fmt: skip
 

@@ -184,13 +184,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"   {name:12} {mean:+.4f} ± {error:.4f} nats   (seeds: {each})")
     if args.training:
         clock.stage("4c. predict that change by twins of the training runs on equal parts")
-        ends = np.cumsum([len(train[name]) for name in sources])
-        places = {
-            s: np.arange(end - len(train[s]), end) for s, end in zip(sources, ends, strict=True)
-        }
         run = jp.training_response(
             seeds, loss_fn, start, data, optimizer, num_steps=settings.steps,
-            batch_size=settings.batch_size, observables={"loss": held_out_losses}, sources=places,
+            batch_size=settings.batch_size, observables={"loss": held_out_losses},
+            sources=rows_of(train),
             mode="secant",  # runs as long as these are chaotic: what changes of a finite size do
         )  # fmt: skip
         foreseen = {
@@ -322,6 +319,12 @@ def token_weights(mixture: dict[str, float], train: dict[str, np.ndarray]) -> np
     return np.concatenate(
         [np.full((len(train[s]), train[s].shape[1] - 1), mixture[s], np.float32) for s in train]
     )
+
+
+def rows_of(train: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where the windows of each source lie among those of all."""
+    ends = np.cumsum([len(windows) for windows in train.values()])
+    return {s: np.arange(end - len(train[s]), end) for s, end in zip(train, ends, strict=True)}
 
 
 def make_observable(loss_fn, held_out: dict[str, Any]):

@@ -71,6 +71,10 @@ class Descent(NamedTuple):
         """What the result depends on, by name."""
         return {name: value for name, value in self._asdict().items() if name != "mesh"}
 
+    def optimizer_state(self, params: Params, given: Any) -> Any:
+        """Where the optimizer starts: from what it is given, or afresh."""
+        return self.optimizer.init(params) if given is None else given
+
 
 class Drawn(NamedTuple):
     """The samples of a step: their places in the data, themselves, and their weights."""

@@ -224,7 +224,7 @@ def _start(
         )
         return _State(
             params=params,
-            optimizer=run.optimizer.init(params) if given is None else given,
+            optimizer=run.optimizer_state(params, given),
             loss=jnp.zeros(run.num_steps),
             step=jnp.zeros(run.num_records, jnp.int32),
             metrics=records,

@@ -83,10 +83,17 @@ def hessian_products(
         mirror: 1 or −1, of a chain that is one of mirrored twins.
     """
     if product == "autodiff":
-        return jax.vmap(lambda v: jax.jvp(gradient, (at,), (v,))[1])(directions)
+        return autodiff_products(gradient, at, directions)
     secants = secants_of(at, directions, product, scale=scale, width=width, key=key, mirror=mirror)
     slopes = of_each(lambda *end: gradient(secants.place(*end)), secants.steps, secants.numbers)
     return secants.products(slopes, gradient(at) if product == "one-sided" else None)
+
+
+def autodiff_products(
+    gradient: Callable[[Position], Position], at: Position, directions: Position
+) -> Position:
+    """∇²L(w) v of every v by forward mode, `[K, ...]`."""
+    return jax.vmap(lambda v: jax.jvp(gradient, (at,), (v,))[1])(directions)
 
 
 class Secants(NamedTuple):

@@ -45,6 +45,7 @@ from jaxpattern.response.problem import Problem
 from jaxpattern.response.products import (
     Product,
     Secants,
+    autodiff_products,
     in_words,
     of_each,
     product_cost,
@@ -127,7 +128,7 @@ class TangentAlgorithm:
             )
             if self.product == "autodiff":
                 own = partial(posterior.loss_gradient, minibatch=minibatch)
-                bent = jax.vmap(lambda v: jax.jvp(own, (position,), (v,))[1])(directions)
+                bent = autodiff_products(own, position, directions)
             else:
                 bent = secants.products(slopes, gradient if self.product == "one-sided" else None)
             levels = losses[ends + 1 :] - losses[ends]

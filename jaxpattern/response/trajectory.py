@@ -167,7 +167,7 @@ def start_forward(
     """All tangents 0 but that of the perturbation of the start, which has norm 1."""
 
     def one(_: Any, key: Array, params: Params, given: Any) -> Forward:
-        point = _Point(params, run.optimizer.init(params) if given is None else given)
+        point = _Point(params, run.optimizer_state(params, given))
         moving, _ = _split(point)
         noise = optax.tree.random_like(
             jax.random.fold_in(key, _PERTURBATION), params, jax.random.normal
@@ -248,7 +248,7 @@ def start_kept(run: Descent, segments: int, params: Params, given: Any) -> Kept:
     """A run with room for the states at the starts of its segments."""
 
     def one(_: Any, params: Params, given: Any) -> Kept:
-        point = _Point(params, run.optimizer.init(params) if given is None else given)
+        point = _Point(params, run.optimizer_state(params, given))
         room = jax.tree.map(lambda x: jnp.zeros((segments, *x.shape), x.dtype), point)
         return Kept(point, room, jnp.zeros((), jnp.int32))
 

@@ -42,11 +42,8 @@ def start_twins(
     """All runs at the same start."""
 
     def one(_: Any, params: Params, given: Any) -> Twins:
-        optimizer = run.optimizer.init(params) if given is None else given
-        return jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (2 * number + 1, *jnp.shape(x))),
-            Twins(params, optimizer, jnp.zeros((), jnp.int32)),
-        )
+        start = Twins(params, run.optimizer_state(params, given), jnp.zeros((), jnp.int32))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (2 * number + 1, *jnp.shape(x))), start)
 
     return over_lanes(one, run.mesh)((), params, given)
 
