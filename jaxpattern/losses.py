@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float, Shaped
 
 from jaxpattern.types import Batch, Losses, LossFn, Params
-from jaxpattern.validation import batch_length, holds, is_concrete
+from jaxpattern.validation import are_finite, batch_length, computed_now, holds, is_concrete
 
 _CHECKED_SAMPLES = 1024
 _AT_ONCE = 64
@@ -101,7 +101,7 @@ def check_finite_losses(
 
 
 def _at_the_door(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    with jax.ensure_compile_time_eval():
+    with computed_now():
         head = jax.tree.map(lambda x: x[:_CHECKED_SAMPLES], batch)
         # Without weak types, for which all is compiled again.
         params = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
@@ -219,7 +219,7 @@ def steep_samples(
     samples = samples[:_CHECKED_SAMPLES]
     if not len(samples):
         return samples
-    with jax.ensure_compile_time_eval():
+    with computed_now():
         rows = np.resize(samples, min(_CHECKED_SAMPLES, len(weights))).astype(np.int32)
         finite = _finite_gradients(loss_fn, params, batch, weights, jax.device_put(rows))
     return samples[~np.asarray(finite)[: len(samples)]]
@@ -292,7 +292,7 @@ def check_weights(name: str, weights: Any, shape: tuple[int, ...] | None) -> Arr
             raise ValueError(f"{name} must be finite, got NaN or infinity among them")
         return own
     weights = jnp.asarray(weights)
-    if not holds(lambda x: jnp.all(jnp.isfinite(x)), weights):
+    if not holds(are_finite, weights):
         raise ValueError(f"{name} must be finite, got NaN or infinity among them")
     return weights
 
@@ -313,7 +313,7 @@ def normalise_weights(
         known = known / jnp.where(largest > 0, largest, 1)
     rho = jnp.asarray(known, dtype)
     total = jnp.sum(rho)
-    if not holds(lambda x: jnp.sum(x) > 0, rho):
+    if not holds(lambda x: x.sum() > 0, rho):
         raise ValueError(f"weights must have a positive sum, got {float(total):g}")
     return rho * (shape[0] / total)
 

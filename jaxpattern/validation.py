@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -32,12 +34,26 @@ def is_traced(*values: Any) -> bool:
 def holds(predicate: Callable[..., Any], *values: Any) -> bool:
     """Whether it is true of the values; what is being traced is given the benefit of the doubt.
 
-    Decided now even within an outer `jit`, where JAX would stage an operation on constants.
+    Decided now even within an outer `jit`, where JAX would stage an operation on constants. By
+    NumPy for what lies on this host, which compiles nothing: the predicate uses methods of arrays.
     """
     if not all(map(is_concrete, jax.tree.leaves(values))):
         return True
-    with jax.ensure_compile_time_eval():
-        return bool(predicate(*values))
+    with computed_now():
+        return bool(predicate(*jax.tree.map(lambda x: np.asarray(x) if _on_host(x) else x, values)))
+
+
+def are_finite(x: Any) -> Any:
+    """Whether every number is finite, as a predicate of `holds`."""
+    return (abs(x) < np.inf).all()
+
+
+def computed_now() -> AbstractContextManager[Any]:
+    """Where known values give known values, also within an outer trace.
+
+    Only there by JAX's own context, which makes a program of every constant of what it compiles.
+    """
+    return jax.ensure_compile_time_eval() if is_traced() else contextlib.nullcontext()
 
 
 def check_typed_key(key: Any) -> None:
@@ -263,7 +279,7 @@ def _all_finite(leaves: list[Any]) -> list[bool]:
     elsewhere = [leaf for leaf in leaves if not _on_host(leaf)]
     there = []
     if elsewhere:
-        with jax.ensure_compile_time_eval():
+        with computed_now():
             there = np.asarray(_finite_there(elsewhere)).tolist()
     found = iter(there)
     return [

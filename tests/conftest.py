@@ -1,6 +1,7 @@
 """Settings of every test: annotations checked, eight CPU devices, careless JAX refused."""
 
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -73,6 +74,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in ("gpu", "torch", "libtpu", "browser"):
         if item.get_closest_marker(marker) and (reason := missing(marker)):
             pytest.skip(reason)
+
+
+def pytest_collection_finish() -> None:
+    """Traces are many small objects that live: Python's collector looks at them a tenth as often,
+    and never again at what was imported.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")

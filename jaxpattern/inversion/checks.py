@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxpattern.response.result import Response
-from jaxpattern.validation import check_number, is_concrete
+from jaxpattern.validation import check_number, holds, is_concrete
 
 Untargeted = Literal["free", "hold"]
 
@@ -55,7 +55,7 @@ def _check_noise(response: Response) -> None:
                 "cut-off from χ's noise, but holds NaN or infinity; give tau or rank instead"
             )
     errors = [response.stderr[name] for name in response.chi]
-    if all(map(is_concrete, errors)) and all(_all(lambda x: x == 0, x) for x in errors):
+    if all(map(is_concrete, errors)) and all(holds(lambda x: (x == 0).all(), x) for x in errors):
         raise ValueError(
             "response.stderr must not be all zero for a method that takes its ridge or cut-off "
             "from χ's noise; give tau or rank instead"
@@ -64,12 +64,4 @@ def _check_noise(response: Response) -> None:
 
 def _finite(values: Array, mass: Array) -> bool:
     """Whether every column that counts is finite; of what is traced, yes."""
-    if not (is_concrete(values) and is_concrete(mass)):
-        return True
-    return _all(lambda x: jnp.isfinite(x) | (mass == 0)[None], values)
-
-
-def _all(test: Callable[[Array], Array], values: Array) -> bool:
-    """Whether the test holds everywhere; of concrete values also while others are traced."""
-    with jax.ensure_compile_time_eval():
-        return bool(jnp.all(test(values)))
+    return holds(lambda x, q: ((abs(x) < np.inf) | (q == 0)[None]).all(), values, mass)

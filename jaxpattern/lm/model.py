@@ -122,7 +122,7 @@ def check_tokens(spec: Spec, tokens: Any, *, least: int = 1) -> Array:
             f"tokens must be at most {spec.context} positions long, as {spec.family} reads them, "
             f"got {tokens.shape[1]}"
         )
-    if not holds(lambda t: jnp.all((t >= 0) & (t < spec.vocab_size)), tokens):
+    if not holds(lambda t: ((t >= 0) & (t < spec.vocab_size)).all(), tokens):
         raise ValueError(
             f"tokens must be in the vocabulary, 0 to {spec.vocab_size - 1}, "
             f"got {np.min(tokens)} to {np.max(tokens)}"

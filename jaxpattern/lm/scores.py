@@ -110,7 +110,7 @@ def prefix_matching_score(
     earlier = (position[None, :] < position[:, None]) & (position >= 1)[None, :]
     same = (tokens[:, :, None] == before[:, None, :]) & earlier[None]
     repeated = jnp.any(same, axis=-1)
-    if not holds(jnp.any, repeated):
+    if not holds(lambda x: x.any(), repeated):
         raise ValueError("tokens must hold a repeated token, got none; see repeated_tokens")
     # Summed a row at a time first: one float32 sum over B · T · S terms loses two more digits.
     weight = same.astype(attention.dtype)
@@ -180,7 +180,7 @@ def in_context_score(
                 f"got {(start, stop)}"
             )
         part = weights[:, start:stop]
-        if not holds(lambda part: jnp.sum(part) > 0, part):
+        if not holds(lambda part: part.sum() > 0, part):
             raise ValueError(f"weights are zero at all {name} positions, {start} to {stop - 1}")
         # Padding may hold anything, also what is not finite.
         weighted = jnp.where(part == 0, 0, part * losses[:, start:stop])
@@ -226,7 +226,7 @@ def induction_loss(losses: Float[Array, "B T"], tokens: Int[Array, "B length"]) 
     """
     repeated = repeated_bigrams(tokens)
     _check_shape("losses", losses, repeated.shape)
-    if not holds(jnp.any, repeated):
+    if not holds(lambda x: x.any(), repeated):
         raise ValueError("tokens must hold a repeated bigram, got none; see repeated_tokens")
     return jnp.sum(jnp.where(repeated, losses, 0)) / jnp.sum(repeated)
 

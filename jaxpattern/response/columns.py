@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
@@ -40,6 +42,7 @@ class Columns:
         """The columns of the grouped response: one per probe set."""
         return replace(self, shapes=((),) * len(self.names))
 
+    @partial(jax.jit, static_argnums=0)
     def join(self, parts: Mapping[str, Shaped[Array, "..."]]) -> Shaped[Array, "..."]:
         """All probe sets side by side: name → `[..., *shape]` to `[..., N]`."""
         flat = [

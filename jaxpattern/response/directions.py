@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -157,10 +158,10 @@ def principal_directions(
 
     a, center, scale = _standardize(matrix, flat_mass)
     smallest = 10 * jnp.finfo(a.dtype).eps
-    if not holds(lambda s, c: jnp.all(s > smallest * jnp.abs(c)), scale, center):
+    if not holds(lambda s, c: (s > smallest * abs(c)).all(), scale, center):
         still = [row for row, s in zip(names, np.asarray(scale), strict=True) if not s > 0]
         raise ValueError(f"rows {still or names} of χ do not vary over the samples; leave them out")
-    loadings, variance = _leading_directions(a, flat_mass, num)
+    loadings, variance = _leading_directions(a, flat_mass, num=num)
     coordinates = jnp.matmul(loadings, a, precision=_HIGHEST)
     errors = _widen(columns.join(response.stderr)[taken])
     squares = jnp.sum(
@@ -210,6 +211,7 @@ def describe(result: PrincipalDirections) -> tables.Page:
     return tables.Page(title, (tables.Grid(header, body),), (note,))
 
 
+@jax.jit
 def _standardize(matrix: Array, mass: Array) -> tuple[Array, Array, Array]:
     """a, mean and standard deviation of each row; columns without mass may hold anything."""
     counted = (mass > 0)[None, :]
@@ -225,6 +227,7 @@ def _standardize(matrix: Array, mass: Array) -> tuple[Array, Array, Array]:
     return centerd / jnp.where(scale > 0, scale, 1)[:, None], center, scale
 
 
+@partial(jax.jit, static_argnames="num")
 def _leading_directions(a: Array, mass: Array, num: int) -> tuple[Array, Array]:
     """Loadings `[D, K]` and variances of a_ij √q_j = (Q R)ᵀ, from the K × K matrix R."""
     a = jnp.where((mass > 0)[None, :], a, 0)
@@ -249,7 +252,7 @@ def _compare_halves(
     for h in (0, 1):
         matrix = _widen(columns.join(halves)[h][jnp.array(index)])
         a, _, own_scale = _standardize(matrix, mass)
-        v, _ = _leading_directions(a, mass, len(loadings))
+        v, _ = _leading_directions(a, mass, num=len(loadings))
         in_scale_of_all = a * (own_scale / jnp.where(scale > 0, scale, 1))[:, None]
         held.append(jnp.matmul(loadings, in_scale_of_all, precision=_HIGHEST))
         own.append(jnp.matmul(v, a, precision=_HIGHEST))
@@ -298,7 +301,7 @@ def _masses(response: Response, weights: Mapping[str, Any] | None) -> dict[str, 
                 f"weights[{name!r}] must have the shape of its losses, {list(wanted)}, "
                 f"got {list(part.shape)}"
             )
-        if not holds(lambda part: jnp.all(jnp.isfinite(part) & (part >= 0)), part):
+        if not holds(lambda part: ((part >= 0) & (part < np.inf)).all(), part):
             raise ValueError(f"weights[{name!r}] must be finite and not negative")
     total = jnp.sum(jnp.stack([jnp.sum(part) for part in parts.values()]))
     if not holds(lambda total: total > 0, total):

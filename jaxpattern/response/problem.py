@@ -22,6 +22,7 @@ from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.mesh import put, put_rows, take
 from jaxpattern.types import Batch, Losses, Params, Position
 from jaxpattern.validation import (
+    are_finite,
     as_pytree_function,
     batch_length,
     check_function,
@@ -265,7 +266,7 @@ def _on_device(batch: Batch) -> Batch:
 
 
 def _check_finite(name: str, losses: Losses) -> None:
-    if not holds(lambda x: np.isfinite(np.asarray(x)).all(), losses):
+    if not holds(are_finite, losses):
         finite = np.isfinite(np.asarray(losses)).reshape(len(losses), -1).all(axis=1)
         raise ValueError(
             f"{name} has losses that are not finite at w*, "
@@ -302,7 +303,7 @@ def _check_offsets(
     if observables is None:
         return jax.device_put(np.zeros(1, dtype))
     for name, value in zip(observables, values, strict=True):
-        if not holds(lambda x: np.isfinite(np.asarray(x)).all(), value):
+        if not holds(are_finite, value):
             raise ValueError(
                 f"observables[{name!r}] is {np.asarray(value).tolist()} at w*; it must be finite"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -219,7 +220,6 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
     """
     columns = response.columns
     mass = columns.join(response.mass)
-    groups = columns.group()
     if set(response.batches) != set(columns.names):
         raise ValueError(
             "response.batches must hold every probe set, as the errors of group means come from "
@@ -235,18 +235,38 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
         norm = sum(shares.values())
         share = {name: jnp.asarray(shares[name] / norm, mass.dtype) for name in columns.names}
 
-    def mean(values: Mapping[str, Array]) -> dict[str, Array]:
-        return groups.split(columns.mean(columns.join(values), mass))
-
+    halves = response.halves if set(response.halves) == set(columns.names) else None
+    grouped = _grouped(response.chi, halves, response.batches, mass, columns=columns)
+    # `jit` hands dictionaries back sorted.
+    chi, halves, stderr = (dict(zip(columns.names, x, strict=False)) for x in grouped)
     return replace(
         response,
-        chi=mean(response.chi),
-        stderr={name: mean_stderr(response.batches[name]) for name in columns.names},
-        halves=mean(response.halves) if set(response.halves) == set(columns.names) else {},
+        chi=chi,
+        stderr=stderr,
+        halves=halves,
         mass=share,
         base=response.base if columns.grouped else response.mass,
         loss_shapes=tuple(zip(columns.names, columns.loss_shapes or (), strict=False)),
     )
+
+
+@partial(jax.jit, static_argnames="columns")
+def _grouped(
+    chi: dict[str, Array],
+    halves: dict[str, Array] | None,
+    batches: dict[str, Array],
+    mass: Array,
+    *,
+    columns: Columns,
+) -> tuple[list[Array], ...]:
+    """Of each probe set: χ, χ of two halves of the draws, and the error of χ from the batches."""
+
+    def mean(values: dict[str, Array] | None) -> list[Array]:
+        if values is None:
+            return []
+        return list(columns.group().split(columns.mean(columns.join(values), mass)).values())
+
+    return mean(chi), mean(halves), [mean_stderr(batches[name]) for name in columns.names]
 
 
 def describe(response: Response) -> tables.Page:

@@ -49,11 +49,11 @@ def probe_mass(
         for name, each in given.items():
             where = f"probe_weights[{name!r}]"
             weights[name] = check_weights(where, each, specs[name][0])
-            if not holds(lambda x: np.min(np.asarray(x)) >= 0, weights[name]):
+            if not holds(lambda x: x.min() >= 0, weights[name]):
                 raise ValueError(
                     f"{where} must not be negative, got {float(np.min(weights[name])):g} among them"
                 )
-            if not holds(lambda x: np.max(np.asarray(x)) > 0, weights[name]):
+            if not holds(lambda x: x.max() > 0, weights[name]):
                 raise ValueError(f"{where} excludes every loss; leave the probe set out")
     if not all(map(is_concrete, weights.values())):
         total = sum(jnp.sum(each) for each in weights.values())
