@@ -77,11 +77,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Traces are many small objects that live: Python's collector looks at them a tenth as often,
-    and never again at what was imported.
-    """
-    gc.collect()
-    gc.freeze()
+    """Traces are many small objects that live on: Python's collector looks at them less often."""
     gc.set_threshold(20_000, 20, 20)
 
 

@@ -32,7 +32,7 @@ def program(name):
 @pytest.mark.filterwarnings("ignore::jaxpattern.WeightsWarning")
 def test_the_mixture_tutorial():
     response, solution, realized = program("mixture").main(
-        num_steps=200, num_windows=48, num_draws=8
+        num_steps=100, num_windows=24, num_draws=8
     )
     effect = {name: float(response.chi[name][response.rows.index(name)]) for name in response.chi}
     assert all(value < 0 for value in effect.values())  # a source lowers the loss on itself

@@ -167,7 +167,7 @@ def test_it_goes_on_after_a_crash_to_the_same_bits(tmp_path, monkeypatch):
         stop_after(patch, 12)
         with pytest.raises(Crash):
             run(num_rounds=2, checkpoint=often(tmp_path))
-    again = run(num_rounds=2, checkpoint=often(tmp_path))
+    again = run(num_rounds=2, checkpoint=tmp_path)
     same(again.params, plain.params)
     same(again.weights, plain.weights)
     assert (tmp_path / "round-001" / "after").is_dir()

@@ -19,21 +19,30 @@ LLAMA = {
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize("given", ["built in", "config.json"])
-def test_small_programs_compile_for_four_chips(given, tmp_path):
+@pytest.mark.parametrize(("given", "programs"), [
+    ("built in", ["sampling", "pathwise", "training"]),
+    ("config.json", ["training"]),
+    pytest.param("config.json", ["sampling", "pathwise"], marks=pytest.mark.slow),
+])  # fmt: skip
+def test_small_programs_compile_for_four_chips(given, programs, tmp_path):
     """In a process of its own: libtpu writes to stderr as it likes."""
     more = []
     if given == "config.json":
         (tmp_path / given).write_text(json.dumps(LLAMA))
         more = ["--config", tmp_path / given]
     run = subprocess.run(
-        [sys.executable, PROGRAM, "--quick", "--chips", "4", "--out", tmp_path, *more],
-        capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        [sys.executable, PROGRAM, "--quick", "--chips", "4", "--out", tmp_path, "--only",
+         *programs, *more],
+        capture_output=True, text=True, check=False,
+        # What was compiled for chips that are not there cannot be read back.
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "pod_plan.jsonl").read_text().splitlines()]
     compiled = {row["program"]: row for row in rows if "program" in row}
-    assert set(compiled) == {"sampling", "pathwise", "training"}
+    assert list(compiled) == programs
     assert all(row["fits"] for row in compiled.values())
-    assert compiled["pathwise"]["collectives"] == {}
-    assert sum(compiled["training"]["collectives"].values()) > 0
+    if "pathwise" in programs:
+        assert compiled["pathwise"]["collectives"] == {}
+    if "training" in programs:
+        assert sum(compiled["training"]["collectives"].values()) > 0

@@ -135,7 +135,7 @@ def test_a_killed_process_stops_the_others_and_the_run_goes_on(tmp_path):
 def test_a_missing_process(index, tmp_path):
     """The other never comes."""
     ((code,), (said,)) = finish(
-        launch(tmp_path, "sample", indices=[index], environment={"WAIT": "5"}), seconds=90
+        launch(tmp_path, "sample", indices=[index], environment={"WAIT": "2"}), seconds=90
     )
     assert code not in (0, None)
     assert "ProcessError: " in said or "DEADLINE_EXCEEDED" in said, said

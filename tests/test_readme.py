@@ -36,9 +36,12 @@ def steered(program, capfd):
 
 
 def test_example_runs_and_steers(capfd):
-    """With fewer windows and steps of training, which are most of its time."""
+    """With fewer and shorter windows, smaller batches and fewer steps of training."""
     program = example()
-    for number, smaller, times in (('"num_steps": 300', '"num_steps": 60', 1), ("128", "48", 3)):
+    for number, smaller, times in (
+        ('"num_steps": 300', '"num_steps": 60', 1), ("128", "24", 3), (" 33,", " 17,", 2),
+        ('"batch_size": 64', '"batch_size": 16', 1), ("batch_size=64", "batch_size=16", 1),
+    ):  # fmt: skip
         assert program.count(number) == times
         program = program.replace(number, smaller)
     steered(program, capfd)
