@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from oracles import anharmonic, euler, gaussian, superposition
+from support import jit_to_run
 
 import jaxpattern as jp
 from jaxpattern import moments
@@ -576,7 +577,7 @@ def test_intervals_cover(form):
         return response.chi, response.stderr
 
     keys = jax.random.split(jax.random.key(10), 300)
-    chi, stderr = map(concatenate, jax.jit(jax.vmap(run))(keys))
+    chi, stderr = map(concatenate, jit_to_run(jax.vmap(run))(keys))
     if form == "centered":
         expected = chain_chi(exact())
     else:

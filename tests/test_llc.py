@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from oracles import euler
 from oracles import llc as oracle
+from support import jit_to_run
 
 import jaxpattern as jp
 from jaxpattern.chains.loop import run_chains
@@ -297,7 +298,7 @@ def test_intervals_cover():
 
     # Chains start at w*: that takes less than .3 % off λ̂, a tenth of a run's standard error.
     keys = jax.random.split(jax.random.key(6), 400)
-    mean, stderr = map(np.asarray, jax.jit(jax.vmap(run))(keys))
+    mean, stderr = map(np.asarray, jit_to_run(jax.vmap(run))(keys))
     expected = minibatch_llc(STEP, 8)
     coverage = np.mean(np.abs(mean - expected) < 1.96 * stderr)
     error = np.sqrt(coverage * (1 - coverage) / len(mean))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jaxtyping import config
 from oracles import anharmonic, euler, gaussian, superposition
+from support import jit_to_run
 
 import jaxpattern as jp
 from jaxpattern.chains.kernel import build_kernel, position_of, streams_of
@@ -351,7 +352,7 @@ def test_coverage_of_nominal_95_percent_intervals():
         OBSERVED, losses, centre, nbeta=30.0, localization=30.0, step_size=4e-3
     )[0]
 
-    @jax.jit
+    @jit_to_run
     @jax.vmap
     def measure(key):
         response = jp.susceptibilities(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from blackjax.base import SamplingAlgorithm
 from oracles import euler
+from support import jit_to_run
 
 import jaxpattern as jp
 
@@ -49,7 +50,8 @@ def read(params):
 
 def draw(key, posterior, sampler, plan, *, warmup=0):
     """Positions `[chain, draw, d]` in float64, without the first `warmup` draws."""
-    trace = jp.sample(key, posterior, sampler, plan, read, progress=False)
+    run = jit_to_run(lambda key, posterior: jp.sample(key, posterior, sampler, plan, read))
+    trace = run(key, posterior)
     return np.asarray(trace[:, warmup:], np.float64)
 
 
@@ -371,9 +373,8 @@ def test_the_drift_of_the_preconditioner_restores_the_posterior(decay):
     def second_moment(drift):
         sampler = jp.rmsprop_sgld(step_size=3e-3, decay=decay, stability=0.5, drift=drift)
         plan = jp.Plan(num_chains=64, num_burnin=4000, num_draws=200, thin=100)
-        key = jax.random.key(5)
-        squares = jp.sample(key, posterior, sampler, plan, lambda p: p["w"] ** 2, progress=False)
-        means = np.asarray(squares, np.float64).mean(axis=1)
+        run = jit_to_run(lambda key: jp.sample(key, posterior, sampler, plan, read) ** 2)
+        means = np.asarray(run(jax.random.key(5)), np.float64).mean(axis=1)
         return means.mean(), means.std(ddof=1) / np.sqrt(len(means))
 
     mean, error = second_moment(True)
