@@ -162,7 +162,7 @@ def step_seconds(
                 return w, v, total
 
             shape = (1,) if probes is None else (probes.shape[0], probes.shape[1] - 1)
-            start = (posterior.centre, posterior.centre, jnp.zeros(shape))
+            start = (posterior.center, posterior.center, jnp.zeros(shape))
             return jax.lax.fori_loop(0, num_steps // every, block, start)
 
         return jax.vmap(chain)(jax.random.split(key, 4))

@@ -270,7 +270,7 @@ def _begin(
 def _num_steps(posterior: Posterior, budget: float | int | None, lanes: int, batch: int) -> int:
     """Steps of a chain that the budget allows."""
     if budget is None:
-        moved = sum(leaf.size for leaf in jax.tree.leaves(posterior.centre))
+        moved = sum(leaf.size for leaf in jax.tree.leaves(posterior.center))
         number = sum(leaf.size for leaf in jax.tree.leaves(posterior.params))
         losses = posterior.weights.size // posterior.num_samples
         # A normal costs about as much as 100 operations.

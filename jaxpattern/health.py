@@ -95,19 +95,19 @@ class Look(Trace):
         self, posterior: Posterior, state: PyTree[Any], key: Key[Array, ""], batch_size: int | None
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         """A reading, and nothing."""
-        position, centre, gamma = position_of(state), posterior.centre, posterior.localization
+        position, center, gamma = position_of(state), posterior.center, posterior.localization
         keys = [jax.random.fold_in(key, i) for i in range(3)]
         spread = jnp.where(gamma > 0, 1 / jnp.sqrt(jnp.where(gamma > 0, gamma, 1.0)), 0.0)
-        noise = noise_by_leaf(keys[0], centre)
-        loose = jax.tree.map(lambda w, xi: w + spread.astype(w.dtype) * xi, centre, noise)
+        noise = noise_by_leaf(keys[0], center)
+        loose = jax.tree.map(lambda w, xi: w + spread.astype(w.dtype) * xi, center, noise)
         batch, weights = posterior.minibatch(keys[1], batch_size)
-        least = posterior.losses(centre, batch)
+        least = posterior.losses(center, batch)
         here, tether = (
             weighted_mean(posterior.losses(w, batch) - least, weights) for w in (position, loose)
         )
-        away = optax.tree.sub(position, centre)
+        away = optax.tree.sub(position, center)
         force = posterior.grad_estimator(position, posterior.minibatch(keys[2], batch_size))
-        number = sum(leaf.size for leaf in jax.tree.leaves(centre))
+        number = sum(leaf.size for leaf in jax.tree.leaves(center))
         dtype = here.dtype
         reading = Reading(
             excess=here,

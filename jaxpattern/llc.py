@@ -103,7 +103,7 @@ class PairedExcessLoss(Trace):
         """(the paired excess loss, nothing)."""
         batch, weights = posterior.minibatch(key, batch_size)
         excess = posterior.losses(position_of(state), batch)
-        excess = excess - posterior.losses(posterior.centre, batch)
+        excess = excess - posterior.losses(posterior.center, batch)
         return weighted_mean(excess, weights), ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -54,7 +55,7 @@ class Target(Protocol):
         """γ."""
 
     @property
-    def centre(self) -> Position:
+    def center(self) -> Position:
         """The position of w*."""
 
     def minibatch(self, key: Key[Array, ""], size: int | None) -> Any:
@@ -112,9 +113,15 @@ class Posterior:
         return self.weights.shape[0]
 
     @property
-    def centre(self) -> Position:
+    def center(self) -> Position:
         """The position of w*."""
         return self._reflect(jax.tree.map(widen, self.select(self.params)))
+
+    @property
+    def centre(self) -> Position:
+        """The old name of `center`."""
+        warnings.warn("centre is now center", DeprecationWarning, stacklevel=2)
+        return self.center
 
     def embed(self, position: Position) -> Params:
         """The full weights at a position: everything outside the restriction stays at w*."""
@@ -172,20 +179,20 @@ class Posterior:
     def drift(self, position: Position, loss_gradient: Position) -> Position:
         """∇ log p(w) = −nβ g − γ (w − w*) for a given gradient g of the loss."""
 
-        def one(g: Array, w: Array, centre: Array) -> Array:
+        def one(g: Array, w: Array, center: Array) -> Array:
             # In the precision of the position, whatever that of the losses.
             nbeta, gamma = (jnp.asarray(x, w.dtype) for x in (self.nbeta, self.localization))
-            return -nbeta * g - gamma * (w - centre)
+            return -nbeta * g - gamma * (w - center)
 
-        return jax.tree.map(one, loss_gradient, position, self.centre)
+        return jax.tree.map(one, loss_gradient, position, self.center)
 
     def logdensity(self, position: Position) -> Float[Array, ""]:
         """log p(w) up to a constant, on all the data: what a blackjax MCMC kernel takes."""
         loss = self.loss(position)
         squared = jax.tree.map(
-            lambda w, centre: jnp.sum((w - centre.astype(w.dtype)) ** 2).astype(loss.dtype),
+            lambda w, center: jnp.sum((w - center.astype(w.dtype)) ** 2).astype(loss.dtype),
             position,
-            self.centre,
+            self.center,
         )
         nbeta, gamma = (jnp.asarray(x, loss.dtype) for x in (self.nbeta, self.localization))
         return -nbeta * loss - gamma / 2 * jax.tree.reduce(jnp.add, squared)

@@ -124,7 +124,7 @@ def _rmsprop(
     stability: Any,
     initial_square: Any,
 ) -> SamplingAlgorithm:
-    centre = posterior.centre
+    center = posterior.center
 
     def init(position: Position, rng_key: Key[Array, ""] | None = None) -> RmspropState:
         square = jax.tree.map(lambda w: jnp.full_like(w, initial_square), position)
@@ -168,7 +168,7 @@ def _rmsprop(
             return w - step / 2 * force + jnp.sqrt(step) * xi
 
         noise = kind.noise(key, position)
-        moved = jax.tree.map(move, position, gradient, root, centre, noise)
+        moved = jax.tree.map(move, position, gradient, root, center, noise)
         if not kind.drift:
             return RmspropState(moved, square, num_steps + 1)
 

@@ -209,7 +209,7 @@ def _sgld_by_leaf(posterior: Target, *, step_size: Any) -> SamplingAlgorithm:
 
 def _narrow(posterior: Target, setting: Any) -> Array:
     """A setting in the precision of the position: one of float64 would widen what it moves."""
-    return jnp.asarray(setting, jnp.result_type(*jax.tree.leaves(posterior.centre)))
+    return jnp.asarray(setting, jnp.result_type(*jax.tree.leaves(posterior.center)))
 
 
 def _cast_like(new: PyTree[Array], old: PyTree[Array]) -> PyTree[Array]:

@@ -110,7 +110,7 @@ def observed(observe: Callable[[Params], PyTree[Array]], posterior: Posterior) -
         TypeError, ValueError: it is no function of the parameters that returns floating point.
     """
     check_function("observe", observe, "a function of params", num_arguments=1)
-    _check_trace(jax.eval_shape(lambda p: _arrays(observe(p.embed(p.centre))), posterior))
+    _check_trace(jax.eval_shape(lambda p: _arrays(observe(p.embed(p.center))), posterior))
     return Observed(as_pytree_function(observe))
 
 

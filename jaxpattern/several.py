@@ -155,7 +155,7 @@ def _check_start(start: Any, run: Run) -> None:
         )
 
     def begin(posterior: Posterior) -> Any:
-        return run.sampler(posterior).init(posterior.centre, run.key)
+        return run.sampler(posterior).init(posterior.center, run.key)
 
     got = jax.tree.map(lambda x: (x.shape[1:], x.dtype), start.state)
     wanted = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(begin, run.posterior))

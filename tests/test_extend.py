@@ -172,7 +172,7 @@ def chi(sampler=SAMPLER, estimator=None, **settings):
 def test_a_sampler(module):
     """At one scale for all it is SGLD; its relaxation time gives the pathwise sweep its window."""
     scaled_sgld = module("my_sampler", SAMPLER_FILE).scaled_sgld
-    ones = jax.tree.map(jnp.ones_like, posterior().centre)
+    ones = jax.tree.map(jnp.ones_like, posterior().center)
     mine = scaled_sgld(step_size=0.1, scale=ones)
     theirs = jp.sgld(step_size=0.1, noise="leaf")
     assert "scaled_sgld(step_size=0.1" in repr(mine)
@@ -254,7 +254,7 @@ def midpoint(posterior):
 
 
 def hmc(posterior):
-    mass = jnp.ones(sum(x.size for x in jax.tree.leaves(posterior.centre)))
+    mass = jnp.ones(sum(x.size for x in jax.tree.leaves(posterior.center)))
     return blackjax.hmc(
         posterior.logdensity, step_size=0.1, inverse_mass_matrix=mass, num_integration_steps=3
     )

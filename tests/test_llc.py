@@ -100,7 +100,7 @@ class Unpaired(Trace):
 
     def value(self, posterior, state, key, batch_size):
         minibatch = posterior.minibatch(key, batch_size)
-        return posterior.loss(state, minibatch) - posterior.loss(posterior.centre), ()
+        return posterior.loss(state, minibatch) - posterior.loss(posterior.center), ()
 
 
 jax.tree_util.register_static(Unpaired)

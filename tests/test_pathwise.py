@@ -54,7 +54,7 @@ class Tilted:
     def __init__(self, posterior, probes, tilt):
         self.posterior, self.probes, self.tilt = posterior, probes, tilt
         self.nbeta, self.localization = posterior.nbeta, posterior.localization
-        self.centre, self.minibatch = posterior.centre, posterior.minibatch
+        self.center, self.minibatch = posterior.center, posterior.minibatch
 
     def loss_gradient(self, position, minibatch):
         posterior = self.posterior
@@ -81,7 +81,7 @@ def expectation_of_chains(posterior, sampler, plan, probes, antithetic, tilt):
             params = posterior.embed(position_of(state))
             return state, jnp.stack([phi(params) for phi in OBSERVABLES.values()])
 
-        state = kernel.init(posterior.centre, streams.init)
+        state = kernel.init(posterior.center, streams.init)
         _, values = jax.lax.scan(step, state, jnp.arange(plan.num_steps))
         return jnp.mean(values[plan.num_burnin + plan.thin - 1 :: plan.thin], axis=0)
 
@@ -607,7 +607,7 @@ def test_twins_mirror_each_other_exactly_where_the_law_is_symmetric():
         paths = []
         for kernel, sign in zip(kernels, (1.0, -1.0), strict=True):
             twin = replace(posterior, mirror=jnp.asarray(sign))
-            state = kernel.init(twin.centre, jax.random.fold_in(KEY, 9))
+            state = kernel.init(twin.center, jax.random.fold_in(KEY, 9))
             for t in range(4):
                 state = kernel.step(jax.random.fold_in(KEY, t), state)
             paths.append(np.asarray(twin.embed(position_of(state))["w"]))

@@ -77,7 +77,7 @@ def test_gradient_and_density_are_the_formulas(weights):
     )
     log_ratio = -NBETA * (loss_at(POINT, rho) - loss_at(CENTRE, rho))
     log_ratio -= LOCALIZATION / 2 * np.sum((POINT - CENTRE) ** 2)
-    got = posterior.logdensity(position) - posterior.logdensity(posterior.centre)
+    got = posterior.logdensity(position) - posterior.logdensity(posterior.center)
     np.testing.assert_allclose(got, log_ratio, rtol=1e-4)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -146,7 +146,7 @@ def test_blackjax_takes_the_gradient_estimator():
     """w' = w + s g + √(2s) ξ: with one key, two mini-batches differ by s (g_A − g_B)."""
     posterior = make(WEIGHTS["random"])
     algorithm = blackjax.sgld(posterior.grad_estimator)
-    state = algorithm.init(posterior.centre)
+    state = algorithm.init(posterior.center)
     a_key, b_key = jax.random.split(KEY)
     left, right = posterior.minibatch(a_key, 4), posterior.minibatch(b_key, 4)
     size = 0.01
@@ -174,15 +174,15 @@ def test_half_precision_parameters():
         return loss_fn(params, batch)
 
     posterior = make(loss=watched, dtype=jnp.bfloat16)
-    assert posterior.centre["w"].dtype == jnp.float32
+    assert posterior.center["w"].dtype == jnp.float32
     assert posterior.weights.dtype == posterior.nbeta.dtype == jnp.float32
-    near = jax.tree.map(lambda x: x + 1e-5, posterior.centre)
-    assert bool(jnp.all(near["w"] != posterior.centre["w"]))
+    near = jax.tree.map(lambda x: x + 1e-5, posterior.center)
+    assert bool(jnp.all(near["w"] != posterior.center["w"]))
     np.testing.assert_array_equal(posterior.embed(near)["w"], posterior.params["w"])
     gradient = posterior.loss_gradient(near)
     assert gradient["w"].dtype == posterior.loss(near).dtype == jnp.float32
     np.testing.assert_allclose(
-        posterior.grad_estimator(posterior.centre)["w"],
+        posterior.grad_estimator(posterior.center)["w"],
         force_at(CENTRE, np.ones((N, T))),
         atol=0.05 * np.abs(force_at(CENTRE, np.ones((N, T)))).max(),
     )
@@ -286,3 +286,11 @@ def test_one_array_in_two_leaves_is_refused(twice):
     with pytest.raises(ValueError, match="params/read and params/embed are one and the same array"):
         jp.localized_posterior(loss, tied, data(), **settings)
     jp.localized_posterior(loss, tied | {"read": jnp.array(read, copy=True)}, data(), **settings)
+
+
+def test_the_old_name_of_the_center_warns():
+    posterior = jp.localized_posterior(
+        lambda p, b: (p - b) ** 2, jnp.ones(()), jnp.zeros(3), nbeta=2.0, localization=1.0
+    )
+    with pytest.warns(DeprecationWarning, match="centre is now center"):
+        assert posterior.centre == posterior.center

@@ -232,14 +232,14 @@ def test_samples_of_no_weight_are_never_evaluated(batch_size):
     )  # fmt: skip
     for seed in range(4):
         minibatch = posterior.minibatch(jax.random.key(seed), batch_size)
-        gradient = posterior.loss_gradient(posterior.centre, minibatch)
+        gradient = posterior.loss_gradient(posterior.center, minibatch)
         assert np.isfinite(np.asarray(gradient["w"])).all()
     # Without bias: the mean over all draws of one sample is the gradient on all data.
     keys = jax.random.split(jax.random.key(9), 4000)
     each = jax.vmap(
-        lambda key: posterior.loss_gradient(posterior.centre, posterior.minibatch(key, 1))["w"]
+        lambda key: posterior.loss_gradient(posterior.center, posterior.minibatch(key, 1))["w"]
     )(keys)
-    whole = posterior.loss_gradient(posterior.centre)["w"]
+    whole = posterior.loss_gradient(posterior.center)["w"]
     error = np.asarray(each).std(axis=0) / 4000**0.5
     assert (np.abs(np.asarray(each).mean(axis=0) - np.asarray(whole)) < 5 * error).all()
 

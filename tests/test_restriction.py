@@ -144,7 +144,7 @@ def test_stacked_heads_are_the_heads_one_by_one(posterior):
     """Indices are leaves, so heads stack and vmap; the numbers are those of each head alone."""
     heads = [head(h) for h in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *heads)
-    gradient = jax.jit(lambda p: p.grad_estimator(jax.tree.map(lambda x: x + 0.1, p.centre)))
+    gradient = jax.jit(lambda p: p.grad_estimator(jax.tree.map(lambda x: x + 0.1, p.center)))
     together = jax.vmap(lambda r: gradient(jp.restrict(posterior, r)))(stacked)
     for h, alone in enumerate(heads):
         wanted = gradient(jp.restrict(posterior, alone))
@@ -155,9 +155,9 @@ def test_stacked_heads_are_the_heads_one_by_one(posterior):
 
 
 def test_gradient_of_a_head_is_that_part_of_the_full_gradient(posterior):
-    full = posterior.loss_gradient(posterior.centre)
+    full = posterior.loss_gradient(posterior.center)
     part = jp.restrict(posterior, head(1))
-    got = part.loss_gradient(part.centre)
+    got = part.loss_gradient(part.center)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
         got,
@@ -194,7 +194,7 @@ def test_a_lens_of_the_users_own(posterior):
     rng = np.random.default_rng(7)
     basis = jnp.asarray(rng.normal(size=(2, 4, 5)), jnp.float32)
     part = jp.restrict(posterior, low_rank(basis))
-    np.testing.assert_array_equal(part.centre, np.zeros(2))
+    np.testing.assert_array_equal(part.center, np.zeros(2))
     z = jnp.array([0.3, -0.2])
     full = posterior.loss_gradient(part.embed(z))
     wanted = np.einsum("kij,ij->k", basis, full["mlp"][0])
@@ -220,5 +220,5 @@ def test_numpy_parameters():
     params = jax.tree.map(np.asarray, tree(1))
     posterior = jp.localized_posterior(loss_fn, params, DATA, nbeta=4, localization=2)
     part = jp.restrict(posterior, jp.by_slice({"mlp/0": (0, 1)}))
-    np.testing.assert_array_equal(part.centre["mlp/0"], params["mlp"][0][1])
+    np.testing.assert_array_equal(part.center["mlp/0"], params["mlp"][0][1])
     jp.union(params, jp.by_path("bias"), jp.by_path("mlp/*"))

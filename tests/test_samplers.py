@@ -332,7 +332,7 @@ def test_bfloat16_parameters_sample_the_law_of_float32():
         CURVATURE, nbeta=nbeta, localization=localization, step_size=step
     )
     build = partial(quadratic_posterior, centres, trained, nbeta=nbeta, localization=localization)
-    assert build(dtype=jnp.bfloat16).centre["w"].dtype == jnp.float32
+    assert build(dtype=jnp.bfloat16).center["w"].dtype == jnp.float32
     for dtype in (jnp.bfloat16, jnp.float32):
         trace = draw(
             jax.random.key(6), build(dtype=dtype), jp.sgld(step_size=step), plan, warmup=80

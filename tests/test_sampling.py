@@ -165,7 +165,7 @@ def test_components_do_not_disturb_each_other(posterior):
     # The first component's chains are those of the posterior restricted to it.
     trace = run(jp.restrict(posterior, row(0)))
     losses = jax.jit(jax.vmap(lambda w: posterior.loss({"w": w})))(trace.reshape(-1, 2, 2))
-    excess = jnp.mean(losses) - posterior.loss(posterior.centre)
+    excess = jnp.mean(losses) - posterior.loss(posterior.center)
     np.testing.assert_allclose(mixed.mean[0], excess, rtol=1e-4)
 
 

@@ -70,7 +70,7 @@ def make_space(
     key: Key[Array, ""], posterior: Posterior, sampler: Any, minibatch: Minibatch, flat: bool
 ) -> Space:
     """The space of a posterior, with losses on one mini-batch; `flat` makes places vectors."""
-    center = posterior.centre
+    center = posterior.center
     sigma = noise_scale(sampler, sampler(posterior).init(center, key))
 
     def mean(place: Position) -> Array:

@@ -97,7 +97,7 @@ def _begin(
     if given:
         state, alive = given
     else:
-        state = sampler(posterior).init(posterior.centre, streams.init)
+        state = sampler(posterior).init(posterior.center, streams.init)
         alive = jnp.asarray(True)
     # Without weak types, which a state that was saved does not have.
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)

@@ -97,12 +97,12 @@ def _check_state(key: Any, posterior: Posterior, sampler: Sampler) -> None:
     """The sampler's state is the position, or holds it."""
 
     def start(posterior: Posterior) -> tuple[Position, Position]:
-        state = sampler(posterior).init(posterior.centre, key)
-        return posterior.centre, getattr(state, "position", state)
+        state = sampler(posterior).init(posterior.center, key)
+        return posterior.center, getattr(state, "position", state)
 
-    centre, position = jax.eval_shape(start, posterior)
-    if jax.tree.structure(centre) != jax.tree.structure(position):  # type: ignore[operator]
+    center, position = jax.eval_shape(start, posterior)
+    if jax.tree.structure(center) != jax.tree.structure(position):  # type: ignore[operator]
         raise TypeError(
             "the state of the sampler must be the position, or have it as `position`; "
-            f"wanted {jax.tree.structure(centre)}, got {jax.tree.structure(position)}"
+            f"wanted {jax.tree.structure(center)}, got {jax.tree.structure(position)}"
         )

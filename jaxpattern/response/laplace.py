@@ -89,7 +89,7 @@ def laplace(*, num_signs: int = 32, tolerance: float = 1e-4, max_iterations: int
 
 
 def _check_forward_mode(posterior: Posterior) -> None:
-    center = posterior.centre
+    center = posterior.center
     batch = jax.tree.map(lambda x: x[:1], posterior.data)
 
     def losses(position: Position) -> Array:
@@ -133,7 +133,7 @@ def _laplace(
     chunk: int | None,
 ) -> tuple[dict[str, Array], Array]:
     """χ for each vector of signs, `[signs, K, ...]`, and the worst residual of each row."""
-    centre, num_signs = posterior.centre, settings.num_signs
+    center, num_signs = posterior.center, settings.num_signs
 
     def precision(v: Position) -> Position:
         """(nβ H + γ) v."""
@@ -153,23 +153,23 @@ def _laplace(
         return problem.columns(posterior, position)[1]
 
     def along(v: Position) -> dict[str, Array]:
-        return jax.jvp(columns, (centre,), (v,))[1]
+        return jax.jvp(columns, (center,), (v,))[1]
 
     def row(k: Array) -> tuple[dict[str, Array], Array]:
         def phi(position: Position) -> Array:
             return problem.phi_at(posterior, position)[k]
 
         slope = jax.grad(phi)
-        direction, residual = solve(slope(centre))
+        direction, residual = solve(slope(center))
         first = along(direction)
 
         def trace(index: Array) -> tuple[dict[str, Array], Array]:
             signs_key = jax.random.fold_in(key, k * num_signs + index)
-            signs = optax.tree.random_like(signs_key, centre, jax.random.rademacher)
+            signs = optax.tree.random_like(signs_key, center, jax.random.rademacher)
             inner, r1 = solve(signs)
-            bent = jax.jvp(slope, (centre,), (inner,))[1]
+            bent = jax.jvp(slope, (center,), (inner,))[1]
             outer, r2 = solve(bent)
-            second = jax.jvp(lambda w: jax.jvp(columns, (w,), (outer,))[1], (centre,), (signs,))[1]
+            second = jax.jvp(lambda w: jax.jvp(columns, (w,), (outer,))[1], (center,), (signs,))[1]
             return second, jnp.maximum(r1, r2)
 
         second, residuals = jax.lax.map(trace, jnp.arange(num_signs))
@@ -185,7 +185,7 @@ def _hessian_product(posterior: Posterior, v: Position, chunk: int | None) -> Po
 
     def product(minibatch: Minibatch) -> Position:
         gradient = partial(posterior.loss_gradient, minibatch=minibatch)
-        return jax.jvp(gradient, (posterior.centre,), (v,))[1]
+        return jax.jvp(gradient, (posterior.center,), (v,))[1]
 
     size = posterior.num_samples
     everything = posterior.minibatch(None, None)

@@ -71,9 +71,9 @@ class _GivenGradient:
         return self.posterior.localization
 
     @property
-    def centre(self) -> Position:
+    def center(self) -> Position:
         """The position of w*."""
-        return self.posterior.centre
+        return self.posterior.center
 
     def minibatch(self, key: Key[Array, ""], size: int | None) -> Minibatch:
         """A mini-batch of the posterior."""

@@ -90,10 +90,10 @@ def _bytes(posterior: Posterior, group: ComponentGroup) -> int:
     """Memory of the positions of all components of a group."""
 
     def center(restriction: Restriction | None) -> Position:
-        return replace(posterior, restriction=restriction).centre
+        return replace(posterior, restriction=restriction).center
 
     if group.restrictions is None:
-        positions = jax.eval_shape(lambda: posterior.centre)
+        positions = jax.eval_shape(lambda: posterior.center)
     else:
         positions = jax.eval_shape(jax.vmap(center, axis_size=len(group.ids)), group.restrictions)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(positions))
