@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -32,6 +31,7 @@ from jaxpattern.validation import (
     check_hashable,
     check_number,
     check_params,
+    old_name,
 )
 
 
@@ -117,11 +117,7 @@ class Posterior:
         """The position of w*."""
         return self._reflect(jax.tree.map(widen, self.select(self.params)))
 
-    @property
-    def centre(self) -> Position:
-        """The old name of `center`."""
-        warnings.warn("centre is now center", DeprecationWarning, stacklevel=2)
-        return self.center
+    centre = old_name("centre", "center")
 
     def embed(self, position: Position) -> Params:
         """The full weights at a position: everything outside the restriction stays at w*."""

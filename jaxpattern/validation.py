@@ -35,12 +35,19 @@ def holds(predicate: Callable[..., Any], *values: Any) -> bool:
     """Whether it is true of the values; what is being traced is given the benefit of the doubt.
 
     Decided now even within an outer `jit`, where JAX would stage an operation on constants. By
-    NumPy for what lies on this host, which compiles nothing: the predicate uses methods of arrays.
+    NumPy for what this process can read, which compiles nothing: the predicate uses methods of
+    arrays.
     """
     if not all(map(is_concrete, jax.tree.leaves(values))):
         return True
     with computed_now():
-        return bool(predicate(*jax.tree.map(lambda x: np.asarray(x) if _on_host(x) else x, values)))
+        return bool(predicate(*jax.tree.map(_read, values)))
+
+
+def _read(x: Any) -> Any:
+    """By NumPy, unless other processes hold parts of it."""
+    whole = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x) if whole else x
 
 
 def are_finite(x: Any) -> Any:
@@ -157,6 +164,16 @@ def check_hashable(name: str, value: Any) -> None:
             f"{name} must be hashable, got an unhashable {type(value).__name__}: "
             "wrap it in a function, or register it as a pytree where it takes part as one"
         ) from None
+
+
+def old_name(old: str, new: str) -> Any:
+    """The old name of a property, which warns."""
+
+    def get(self: Any) -> Any:
+        warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(get, doc=f"The old name of `{new}`.")
 
 
 def renamed(old: str, given: Any, new: str, value: Any) -> Any:

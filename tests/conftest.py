@@ -41,6 +41,8 @@ def _settings() -> None:
 
 
 _settings()  # before jax is imported, which reads it then
+# Traces are many small objects that live on: Python's collector looks at them less often.
+gc.set_threshold(20_000, 20, 20)
 
 import jax  # noqa: E402
 import matplotlib  # noqa: E402
@@ -74,11 +76,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in ("gpu", "torch", "libtpu", "browser"):
         if item.get_closest_marker(marker) and (reason := missing(marker)):
             pytest.skip(reason)
-
-
-def pytest_collection_finish() -> None:
-    """Traces are many small objects that live on: Python's collector looks at them less often."""
-    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,6 @@ standardizing the columns.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +21,14 @@ from jaxtyping import Array, Float
 
 from jaxpattern import tables
 from jaxpattern.response.result import Response
-from jaxpattern.validation import check_count, check_names, check_number, holds, is_concrete
+from jaxpattern.validation import (
+    check_count,
+    check_names,
+    check_number,
+    holds,
+    is_concrete,
+    old_name,
+)
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -76,11 +82,7 @@ class PrincipalDirections:
     nbeta: Float[Array, "*stack"]
     rows: tuple[str, ...] = field(metadata={"static": True})
 
-    @property
-    def centre(self) -> Float[Array, "*stack rows"]:
-        """The old name of `center`."""
-        warnings.warn("centre is now center", DeprecationWarning, stacklevel=2)
-        return self.center
+    centre = old_name("centre", "center")
 
     def __str__(self) -> str:
         return tables.text(describe, self)
