@@ -160,7 +160,8 @@ def llc(
 def coefficient(run: Run, chains: Recorded, pilot: Pilot | None) -> LocalLearningCoefficient:
     """λ̂ and its error from chains that kept `PairedExcessLoss`."""
     plan = run.plan
-    alive, excess, nbeta = numbers_of((chains.alive[0], chains.kept[0], run.posterior.nbeta))
+    alive, excess, nbeta = numbers_of((chains.alive, chains.kept, run.posterior.nbeta))
+    alive, excess = alive[0], excess[0]
     trace = (nbeta * excess).astype(excess.dtype)
     summary = summarize(trace, num_batches=plan.batches, alive=alive)
     xp = np if isinstance(trace, np.ndarray) else jnp

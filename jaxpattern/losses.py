@@ -246,6 +246,7 @@ def weighted_mean(losses: Losses, weights: Float[Array, "samples *tokens"]) -> F
     return jnp.sum(weights * counted) / weights.shape[0]
 
 
+@jax.jit
 def counted_rows(batch: Batch, weights: Float[Array, "samples *tokens"]) -> Batch:
     """The batch with a sample that counts in place of each whose weights are all 0.
 

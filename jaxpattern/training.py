@@ -31,7 +31,7 @@ from jaxpattern.runtime.mesh import (
     take,
 )
 from jaxpattern.types import Batch, Losses, Params
-from jaxpattern.validation import as_pytree_function, is_concrete, num_required, own_streams
+from jaxpattern.validation import as_pytree_function, holds, num_required, own_streams
 
 
 class History(NamedTuple):
@@ -167,7 +167,7 @@ def train(
         if seeds is not None:
             state = jax.tree.map(lambda leaf: leaf[:seeds], state)
         state = fetch(state, mesh)
-    if is_concrete(state.skipped) and bool(jnp.any(state.skipped > 0)):
+    if not holds(lambda skipped: (skipped == 0).all(), state.skipped):
         warnings.warn(_cause(run, state, seeds, one, weighted), stacklevel=2)
     history = History(state.loss, state.step, state.metrics, state.skipped, state.optimizer)
     return state.params, history
@@ -182,7 +182,7 @@ def _mean_loss(state: _State, a: int, b: int) -> str:
     """What the progress line says beside the time."""
     if not state.loss.is_fully_addressable:
         return ""
-    return f"loss={float(jnp.mean(state.loss[..., a:b])):.3f}"
+    return f"loss={float(np.mean(np.asarray(state.loss)[..., a:b])):.3f}"
 
 
 def _cause(

@@ -15,7 +15,7 @@ def _settings() -> None:
     """Three quarters of the tests' time is compilation: it is kept, and done with less effort.
 
     Through the environment, so that programs which the tests start share it; a folder or flags
-    that are set already stay.
+    that are set already stay. A test that runs longer than it compiles is marked `optimized`.
     """
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     python = ".".join(map(str, sys.version_info[:2]))
@@ -27,8 +27,9 @@ def _settings() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     flags = os.environ.get("XLA_FLAGS", "")
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # level 0, but see `_optimized`
     cheap = [
-        "--xla_backend_optimization_level=0",
+        "--xla_backend_optimization_level=1",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
     ]
@@ -76,6 +77,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in ("gpu", "torch", "libtpu", "browser"):
         if item.get_closest_marker(marker) and (reason := missing(marker)):
             pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.node.get_closest_marker("optimized"):
+        yield
+        return
+    usual = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", usual)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,6 +1,5 @@
 """What several test files share."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,9 +12,6 @@ from jax.tree_util import Partial
 import jaxpattern as jp
 from jaxpattern.runtime.checkpoint import Stage
 from jaxpattern.types import SamplingAlgorithm
-
-# For what runs longer than it compiles: the flags of all tests are for the opposite.
-jit_to_run = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
 class Crash(Exception):

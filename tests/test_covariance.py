@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from oracles import anharmonic, euler, gaussian, superposition
-from support import jit_to_run
 
 import jaxpattern as jp
 from jaxpattern import moments
@@ -242,6 +241,7 @@ FREE = {"a0": [0], "b": [2, 3], "a1": [1], "mask": [0, 3]}
 
 
 @pytest.mark.parametrize("form", ["centered", "hybrid"])
+@pytest.mark.optimized
 def test_components_have_their_own_susceptibilities(form):
     posterior = quadratic_posterior()
     response = susceptibilities(
@@ -419,6 +419,7 @@ def test_memory_of_the_columns_does_not_grow_with_the_draws():
 # --- responses ------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 def test_response_to_reweighted_data():
     """⟨φ⟩ under weights ρ is exact, and nβ Σ q χ (ρ − 1) predicts its shift to first order."""
     rng = np.random.default_rng(5)
@@ -477,6 +478,7 @@ def tilted_potential(params, batch):
 
 
 @pytest.mark.parametrize("nbeta", [10.0, 100.0])
+@pytest.mark.optimized
 def test_anharmonic_susceptibility(nbeta):
     """−Cov[x², D] with D = ±x: exactly zero in the Gaussian approximation."""
     data = jnp.asarray([1.0, -1.0])
@@ -501,6 +503,7 @@ def test_anharmonic_susceptibility(nbeta):
     assert np.all(stderr < 0.05 * table)
 
 
+@pytest.mark.optimized
 def test_susceptibility_to_the_mixture_of_features():
     """The toy model of superposition: two features in one dimension, by quadrature on a grid."""
     mixture, nbeta, localization = np.array([0.6, 0.4]), 30.0, 20.0
@@ -551,6 +554,7 @@ def test_susceptibility_to_the_mixture_of_features():
 
 
 @pytest.mark.parametrize("form", ["centered", "hybrid"])
+@pytest.mark.optimized
 def test_intervals_cover(form):
     """χ ± 1.96 standard errors holds the exact χ in 90 to 98 % of 300 independent runs.
 
@@ -577,7 +581,7 @@ def test_intervals_cover(form):
         return response.chi, response.stderr
 
     keys = jax.random.split(jax.random.key(10), 300)
-    chi, stderr = map(concatenate, jit_to_run(jax.vmap(run))(keys))
+    chi, stderr = map(concatenate, jax.jit(jax.vmap(run))(keys))
     if form == "centered":
         expected = chain_chi(exact())
     else:

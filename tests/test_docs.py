@@ -30,6 +30,7 @@ def program(name):
 
 
 @pytest.mark.filterwarnings("ignore::jaxpattern.WeightsWarning")
+@pytest.mark.optimized
 def test_the_mixture_tutorial():
     response, solution, realized = program("mixture").main(
         num_steps=100, num_windows=24, num_draws=8
@@ -234,6 +235,7 @@ def grain_source(records):
     return importlib.import_module("grain").MapDataset.source(records) if has("grain") else None
 
 
+@pytest.mark.optimized
 def test_the_settings_page_fails_and_repairs(capsys):
     page = (DOCS / "howto" / "settings.md").read_text(encoding="utf-8")
     blocks, scope = RUN.findall(page), {}

@@ -93,6 +93,7 @@ def test_linear_regression(correlation):
 
 
 @pytest.mark.parametrize("correlation", [False, True])
+@pytest.mark.optimized
 def test_intervals_cover(correlation):
     """Of 300 short runs 95 % of the 95 % intervals hold the truth, give or take 3 %.
 

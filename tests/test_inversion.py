@@ -58,7 +58,7 @@ def make_response(
         for name, shape in shapes.items():
             stop = start + int(np.prod(shape))
             piece = values[..., start:stop].reshape(*values.shape[:leading], *shape)
-            pieces[name], start = jnp.asarray(piece, dtype), stop
+            pieces[name], start = jax.device_put(piece.astype(dtype)), stop
         return pieces
 
     names = list(shapes)
@@ -66,7 +66,9 @@ def make_response(
         chi=cut(np.asarray(chi), 1),
         stderr=cut(stderr, 1),
         halves=cut(np.stack([chi + noise, chi - noise]), 2) if halves else {},
-        batches={name: jnp.asarray(batches + 0.1 * i, dtype) for i, name in enumerate(names)},
+        batches={
+            name: jax.device_put((batches + 0.1 * i).astype(dtype)) for i, name in enumerate(names)
+        },
         mass=cut(mass, 0),
         nbeta=jnp.asarray(NBETA, dtype),
         mean=jnp.zeros(num_rows, dtype),

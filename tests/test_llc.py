@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from oracles import euler
 from oracles import llc as oracle
-from support import jit_to_run
 
 import jaxpattern as jp
 from jaxpattern.chains.loop import run_chains
@@ -153,6 +152,7 @@ def triangle_wave(u):
 @pytest.mark.parametrize(
     ("powers", "tabulated"), [((2, 2), 0.3478), ((2, 4), 0.2043), ((4, 4), 0.1368)]
 )
+@pytest.mark.optimized
 def test_normal_crossings_under_a_uniform_prior(powers, tabulated):
     """nβ⟨x^p y^q⟩ at nβ = 100 on [−1, 1]², far from its limit 1/max(p, q)."""
 
@@ -282,6 +282,7 @@ def test_deep_linear_network_of_full_and_of_partial_rank(rank, nbeta):
         assert 0.5 - error < lag < 2.0 + error
 
 
+@pytest.mark.optimized
 def test_intervals_cover():
     """λ̂ ± 1.96 standard errors holds the exact λ̂ in 90 to 98 % of 400 independent runs.
 
@@ -298,7 +299,7 @@ def test_intervals_cover():
 
     # Chains start at w*: that takes less than .3 % off λ̂, a tenth of a run's standard error.
     keys = jax.random.split(jax.random.key(6), 400)
-    mean, stderr = map(np.asarray, jit_to_run(jax.vmap(run))(keys))
+    mean, stderr = map(np.asarray, jax.jit(jax.vmap(run))(keys))
     expected = minibatch_llc(STEP, 8)
     coverage = np.mean(np.abs(mean - expected) < 1.96 * stderr)
     error = np.sqrt(coverage * (1 - coverage) / len(mean))

@@ -15,6 +15,7 @@ RNG = np.random.default_rng(3)
 MEANS = np.repeat([[0, 0], [2, 0], [0, 2]], [14, 13, 13], axis=0)
 CENTERS = jnp.asarray(RNG.normal(size=(40, 2)) + MEANS, jnp.float32)
 SOURCES = {"o": np.arange(14), "x": np.arange(14, 27), "y": np.arange(27, 40)}
+OPTIMIZER = optax.sgd(0.1)  # one for all: it is what the programs of a run hang on
 OBSERVABLES = {"w": lambda p: p["w"], "bent": lambda p: jnp.sum(jnp.tanh(p["w"]))}
 
 
@@ -27,14 +28,13 @@ def keys():
     return jax.random.split(jax.random.key(1), 3)
 
 
-def run(key=None, params=None, optimizer=None, **settings):
+def run(key=None, params=None, optimizer=OPTIMIZER, **settings):
     given = dict(
         target={"w/0": 0.1}, observables=OBSERVABLES, sources=SOURCES, num_rounds=3, num_steps=40,
         batch_size=20, progress=False,
     )  # fmt: skip
     key = keys() if key is None else key
     params = {"w": jnp.zeros((3, 2))} if params is None else params
-    optimizer = optax.sgd(0.1) if optimizer is None else optimizer
     return jp.pattern(key, loss, params, CENTERS, optimizer, **(given | settings))
 
 
@@ -61,7 +61,8 @@ def test_it_gets_there_and_says_how(mode):
 
 def test_control_and_first_round_are_runs_of_train():
     """Round 0 has the seed's key folded with 0, as round 1 with 1, and carries the optimizer."""
-    result = run(optimizer=optax.adam(0.05), num_rounds=2)
+    adam = optax.adam(0.05)
+    result = run(optimizer=adam, num_rounds=2)
     params, state = {"w": jnp.zeros((3, 2))}, None
     weights = [None, None]
     there, kept = {"w": jnp.zeros((3, 2))}, None
@@ -69,12 +70,12 @@ def test_control_and_first_round_are_runs_of_train():
         key = jax.vmap(lambda k, r=r: jax.random.fold_in(k, r))(keys())
         other = jax.vmap(lambda k, r=r: jax.random.fold_in(k, r))(keys())
         params, history = jp.train(
-            key, loss, params, CENTERS, optax.adam(0.05), num_steps=40, batch_size=20,
+            key, loss, params, CENTERS, adam, num_steps=40, batch_size=20,
             progress=False, optimizer_state=state, weights=weights[r],
         )  # fmt: skip
         state = history.optimizer_state
         there, history = jp.train(
-            other, loss, there, CENTERS, optax.adam(0.05), num_steps=40, batch_size=20,
+            other, loss, there, CENTERS, adam, num_steps=40, batch_size=20,
             progress=False, optimizer_state=kept, weights=result.rounds[r].weights,
         )  # fmt: skip
         kept = history.optimizer_state
@@ -103,7 +104,7 @@ def test_weights_that_have_spent_the_budget_can_turn(mode):
     def measure(key, params, weights):
         """A response that first says that y moves w/0, and then that x does."""
         response = jp.training_response(
-            key, loss, params, CENTERS, optax.sgd(0.1), num_steps=40, batch_size=20, mode=mode,
+            key, loss, params, CENTERS, OPTIMIZER, num_steps=40, batch_size=20, mode=mode,
             weights=weights, observables=OBSERVABLES, sources=SOURCES, progress=False,
         )  # fmt: skip
         told = {"o": 0.0, **next(turns)}
@@ -150,7 +151,7 @@ def test_another_response_can_be_measured():
     def measure(key, params, weights):
         calls.append(np.asarray(weights))
         return jp.training_response(
-            key, loss, params, CENTERS, optax.sgd(0.1), num_steps=40, batch_size=20,
+            key, loss, params, CENTERS, OPTIMIZER, num_steps=40, batch_size=20,
             weights=weights, observables=OBSERVABLES, sources=SOURCES, progress=False,
         )  # fmt: skip
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jaxtyping import config
 from oracles import anharmonic, euler, gaussian, superposition
-from support import jit_to_run
 
 import jaxpattern as jp
 from jaxpattern.chains.kernel import build_kernel, position_of, streams_of
@@ -312,6 +311,7 @@ def test_window_reaches_the_full_derivative():
     assert tails[0] < 0.02 < tails[2]
 
 
+@pytest.mark.optimized
 def test_anharmonic_table():
     """t² Cov[x², x] at t = 10, where the model is far from Gaussian. False alarms: 6e-7."""
     alpha, g, t = 0.5, 1.0, 10.0
@@ -338,6 +338,7 @@ def test_anharmonic_table():
     np.testing.assert_allclose(measured[0], -measured[1], rtol=1e-4)
 
 
+@pytest.mark.optimized
 def test_coverage_of_nominal_95_percent_intervals():
     """300 repetitions × 8 columns; the share that covers is within 90 and 98 %.
 
@@ -352,7 +353,7 @@ def test_coverage_of_nominal_95_percent_intervals():
         OBSERVED, losses, centre, nbeta=30.0, localization=30.0, step_size=4e-3
     )[0]
 
-    @jit_to_run
+    @jax.jit
     @jax.vmap
     def measure(key):
         response = jp.susceptibilities(
@@ -557,6 +558,7 @@ def test_the_direct_term_needs_excess_losses():
             )  # fmt: skip
 
 
+@pytest.mark.optimized
 def test_toy_model_of_superposition():
     """χ to the mixture of features, by quadrature on a grid. False alarms: 4 columns, 5e-6."""
     mixture = np.array([0.6, 0.4])

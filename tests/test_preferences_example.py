@@ -24,6 +24,7 @@ def test_the_loss_is_that_of_bradley_and_terry():
 
 @pytest.mark.filterwarnings("ignore:the weights are predicted")
 @pytest.mark.filterwarnings("ignore:weights run from")
+@pytest.mark.optimized
 def test_runs(capsys):
     response, solution, shifts = example.main(count=16, num_steps=60, num_draws=40, seeds=2)
     said = capsys.readouterr().out

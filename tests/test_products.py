@@ -208,6 +208,7 @@ def absolute(estimator):
 
 
 @pytest.mark.filterwarnings("ignore::jaxpattern.UnreliableWarning")
+@pytest.mark.optimized
 def test_secants_are_widened_where_the_derivative_grew():
     """A contracting chain stays below 1, which secants as narrow as the noise do not, by little."""
     limit = 1.005
@@ -244,6 +245,7 @@ def test_a_loss_without_forward_mode():
 
 
 @pytest.mark.filterwarnings("ignore::jaxpattern.UnreliableWarning")
+@pytest.mark.optimized
 def test_bfloat16_activations_give_what_float32_gives():
     """LLC and χ of a transformer, on the same key, within a fraction of a standard error."""
     tokens = np.random.default_rng(4).integers(0, 32, size=(16, 9))

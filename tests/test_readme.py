@@ -35,6 +35,7 @@ def steered(program, capfd):
     return scope
 
 
+@pytest.mark.optimized
 def test_example_runs_and_steers(capfd):
     """With fewer and shorter windows, smaller batches and fewer steps of training."""
     program = example()

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from blackjax.base import SamplingAlgorithm
 from oracles import euler
-from support import jit_to_run
 
 import jaxpattern as jp
+
+pytestmark = pytest.mark.optimized  # long chains of small models
 
 CURVATURE = np.array([1.0, 3.0])
 CENTRES = np.array([[0.5, -1.0], [1.5, 1.0], [1.0, -0.5], [1.0, 0.5]])
@@ -50,7 +51,7 @@ def read(params):
 
 def draw(key, posterior, sampler, plan, *, warmup=0):
     """Positions `[chain, draw, d]` in float64, without the first `warmup` draws."""
-    run = jit_to_run(lambda key, posterior: jp.sample(key, posterior, sampler, plan, read))
+    run = jax.jit(lambda key, posterior: jp.sample(key, posterior, sampler, plan, read))
     trace = run(key, posterior)
     return np.asarray(trace[:, warmup:], np.float64)
 
@@ -373,7 +374,7 @@ def test_the_drift_of_the_preconditioner_restores_the_posterior(decay):
     def second_moment(drift):
         sampler = jp.rmsprop_sgld(step_size=3e-3, decay=decay, stability=0.5, drift=drift)
         plan = jp.Plan(num_chains=64, num_burnin=4000, num_draws=200, thin=100)
-        run = jit_to_run(lambda key: jp.sample(key, posterior, sampler, plan, read) ** 2)
+        run = jax.jit(lambda key: jp.sample(key, posterior, sampler, plan, read) ** 2)
         means = np.asarray(run(jax.random.key(5)), np.float64).mean(axis=1)
         return means.mean(), means.std(ddof=1) / np.sqrt(len(means))
 

@@ -11,6 +11,7 @@ import superposition as example
 
 @pytest.mark.filterwarnings("ignore:the weights are predicted")
 @pytest.mark.filterwarnings("ignore:the adjoint grew")
+@pytest.mark.optimized
 def test_runs_and_goes_on_from_its_stages(tmp_path, capsys):
     arguments = ["--scale", "test", "--out", str(tmp_path)]
     first = example.main(arguments)

@@ -15,6 +15,8 @@ RNG = np.random.default_rng(0)
 CENTRES = jnp.asarray(RNG.normal(size=(50, 3)), jnp.float32)
 WEIGHTS = jnp.asarray(RNG.uniform(0, 2, size=50), jnp.float32)
 START = {"w": jnp.zeros(3)}
+SGD = optax.sgd(0.1)  # one for all: it is what the programs of a run hang on
+SETTLING = optax.sgd(optax.polynomial_schedule(0.3, 1e-3, 1.0, 3000))
 
 
 def three_keys():
@@ -33,9 +35,8 @@ def token_loss(params, batch):
 
 def settled(**settings):
     """Weights after steps that shrink to nothing, so that the mean over batches is left."""
-    rate = optax.polynomial_schedule(0.3, 1e-3, 1.0, 3000)
     return jp.train(
-        KEY, loss_fn, START, CENTRES, optax.sgd(rate),
+        KEY, loss_fn, START, CENTRES, SETTLING,
         num_steps=3000, batch_size=25, progress=False, **settings,
     )  # fmt: skip
 
@@ -118,7 +119,7 @@ def test_no_seed_at_once_is_refused():
     stacked = {"w": jnp.zeros((3, 3))}
     with pytest.raises(ValueError, match="seeds_at_once must be"):
         jp.train(
-            three_keys(), loss_fn, stacked, CENTRES, optax.sgd(0.1), num_steps=2, batch_size=5,
+            three_keys(), loss_fn, stacked, CENTRES, SGD, num_steps=2, batch_size=5,
             seeds_at_once=0,
         )  # fmt: skip
 
@@ -127,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     poisoned = CENTRES.at[3].set(jnp.inf)
     good = lambda p, b: jnp.where(jnp.isinf(b[:, 0]), 0.0, 1.0) * 0.0 + loss_fn(p, b)  # noqa: E731
     with pytest.raises(ValueError, match="not finite at params"):
-        jp.train(KEY, good, START, poisoned, optax.sgd(0.1), num_steps=5, batch_size=5)
+        jp.train(KEY, good, START, poisoned, SGD, num_steps=5, batch_size=5)
 
     def brittle(params, batch):
         """Finite at the start, and nowhere else for one of the samples."""
@@ -138,7 +139,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 
     with pytest.warns(UserWarning, match="steps had a loss or gradient that was not finite"):
         params, history = jp.train(
-            KEY, brittle, START, CENTRES, optax.sgd(0.1), num_steps=60, batch_size=5, progress=False
+            KEY, brittle, START, CENTRES, SGD, num_steps=60, batch_size=5, progress=False
         )
     assert np.isfinite(np.asarray(params["w"])).all()
     assert int(history.skipped) == int(np.sum(~np.isfinite(np.asarray(history.loss)))) > 0
@@ -156,13 +157,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 def test_bad_input(changes, match):
     settings = {"num_steps": 5, "batch_size": 5} | changes
     with pytest.raises(ValueError, match=match):
-        jp.train(KEY, loss_fn, START, CENTRES, optax.sgd(0.1), **settings)
+        jp.train(KEY, loss_fn, START, CENTRES, SGD, **settings)
 
 
 def test_keys_and_parameters_of_seeds_must_match():
     with pytest.raises(ValueError, match="params must have a leading axis of 3"):
         jp.train(
-            three_keys(), loss_fn, {"w": jnp.zeros((2, 3))}, CENTRES, optax.sgd(0.1),
+            three_keys(), loss_fn, {"w": jnp.zeros((2, 3))}, CENTRES, SGD,
             num_steps=5, batch_size=5,
         )  # fmt: skip
 
@@ -182,6 +183,7 @@ def test_a_lottery_has_the_probabilities_of_its_weights():
     assert chi < 45.1
 
 
+@pytest.mark.optimized
 def test_no_entry_of_weight_zero_is_drawn_and_no_other_is_lost():
     rng = np.random.default_rng(0)
     weights = rng.random(2**20).astype(np.float32) ** 4
@@ -198,6 +200,7 @@ def test_no_entry_of_weight_zero_is_drawn_and_no_other_is_lost():
     np.testing.assert_allclose(probability, wanted, rtol=1e-5, atol=1e-5 / 2**20)
 
 
+@pytest.mark.optimized
 def test_every_one_of_many_samples_can_be_drawn():
     """Of 2²⁴ equal weights half of those drawn are odd, to 5 standard deviations."""
     index = np.asarray(draw(KEY, make_lottery(jnp.ones(2**24)), 10**6))
@@ -217,7 +220,7 @@ def test_excluded_samples_may_be_anything():
 
 def settled_on(data, weights):
     return jp.train(
-        KEY, loss_fn, START, data, optax.sgd(0.1), num_steps=50, batch_size=5, weights=weights,
+        KEY, loss_fn, START, data, SGD, num_steps=50, batch_size=5, weights=weights,
         progress=False,
     )  # fmt: skip
 
@@ -234,7 +237,7 @@ def test_a_stochastic_loss_gets_another_key_at_each_step():
 
     def run(key):
         _, history = jp.train(
-            key, noisy_loss, START, CENTRES, optax.sgd(0.1), num_steps=20, batch_size=5,
+            key, noisy_loss, START, CENTRES, SGD, num_steps=20, batch_size=5,
             progress=False,
         )  # fmt: skip
         return history.loss
@@ -306,11 +309,11 @@ def test_the_cause_of_steps_left_out_is_named():
             )  # fmt: skip
         return str(caught[0].message)
 
-    said = run(loss_fn, many, optax.sgd(0.1))
+    said = run(loss_fn, many, SGD)
     assert "not finite at params as they were given for 1 samples of data" in said
     assert "[2000]" in said
     assert "learning rate" not in said
     kink = lambda params, batch: jnp.sqrt(jnp.abs(params["w"].sum())) + 0.0 * batch[:, 0]  # noqa: E731
-    said = run(kink, CENTRES, optax.sgd(0.1), batch_size=5)
+    said = run(kink, CENTRES, SGD, batch_size=5)
     assert "in 60 of them the loss was finite and its gradient was not" in said
     assert "learning rate" not in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jaxpattern.posterior import Posterior
 from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.mesh import over_lanes, pad_lanes
 from jaxpattern.validation import is_concrete
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +83,15 @@ def unpack(lanes: PyTree[Any], num_components: int, num_chains: int) -> PyTree[A
     return jax.tree.map(
         lambda leaf: leaf[:total].reshape(num_components, num_chains, *leaf.shape[1:]), lanes
     )
+
+
+def own_by_lane(tree: T, own: Array) -> T:
+    """Values that all lanes share, as values of each lane; `own` is a number of the lane.
+
+    Under `vmap` a loop is traced once more for each round of values in its carry that are shared
+    at the start and not at the end. The compiler drops the choice between equals.
+    """
+    return jax.tree.map(lambda x: jnp.where(own == own, x, x), tree)
 
 
 class Chorus(NamedTuple):

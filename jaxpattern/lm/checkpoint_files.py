@@ -140,7 +140,7 @@ def read_params(
             for path, part in _deal(value, tensor, sizes):
                 stack = stacks.setdefault(path, np.empty((spec.num_layers, *part.shape), dtype))
                 stack[i] = part
-        flat |= {f"layers/{path}": jnp.asarray(stack) for path, stack in stacks.items()}
+        flat |= {f"layers/{path}": jax.device_put(stack) for path, stack in stacks.items()}
     return _nest(flat), names
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -128,9 +129,10 @@ class Attention(nnx.Module):
         self.k = _normal(rngs, (H, D, K), D**-0.5)
         self.v = _normal(rngs, (H, D, K), D**-0.5)
         self.o = _normal(rngs, (H, K, D), (D * _num_writes(config)) ** -0.5)
-        slope_H = 2.0 ** -jnp.arange(H) if layer == 0 else jnp.zeros(H)
-        bias_HxT = -slope_H[:, None] * jnp.arange(config.context)[None, :]
-        self.bias = nnx.Param(bias_HxT) if config.positions == "relative_bias" else None
+        slope_H = 2.0 ** -np.arange(H) if layer == 0 else np.zeros(H)
+        bias_HxT = (-slope_H[:, None] * np.arange(config.context)).astype(np.float32)
+        relative = config.positions == "relative_bias"
+        self.bias = nnx.Param(jnp.asarray(bias_HxT)) if relative else None
 
     def __call__(self, x_BxTxD: Residual) -> tuple[Residual, Pattern]:
         B, T, D = x_BxTxD.shape

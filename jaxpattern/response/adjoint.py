@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from jaxpattern import moments
 from jaxpattern.chains.divergence import all_finite
 from jaxpattern.chains.kernel import noise_scale, position_of, step_keys
+from jaxpattern.chains.lanes import own_by_lane
 from jaxpattern.chains.programs import Past
 from jaxpattern.chains.record import Glance
 from jaxpattern.moments import Moments
@@ -135,6 +136,7 @@ class Adjoint:
             beside=accumulator.beside,
             tail=jnp.zeros((self.tail_blocks, rows), self._dtype),
         )
+        start = own_by_lane(start, accumulator.num_draws)
         end = jax.lax.fori_loop(0, about.num_blocks, partial(self._block, past), start)
         size = jnp.maximum(_size(end.total), 1e-30)
         num_draws = accumulator.num_draws + about.draws.astype(self._dtype)
@@ -182,7 +184,7 @@ class Adjoint:
         zero = jax.tree.map(
             lambda w: jnp.zeros((rows, *w.shape), w.dtype), position_of(sweep.after)
         )
-        carry = (sweep.adjoint, zero, sweep.after)
+        carry = (sweep.adjoint, own_by_lane(zero, sweep.growth[0]), sweep.after)
         adjoint, push, state = jax.lax.fori_loop(0, size, back, carry)
 
         # Past the limit the sweep ends here: what lies further back counts nothing.

@@ -219,26 +219,23 @@ def group_mean(response: Response, shares: Mapping[str, float] | None = None) ->
             batches.
     """
     columns = response.columns
-    mass = columns.join(response.mass)
     if set(response.batches) != set(columns.names):
         raise ValueError(
             "response.batches must hold every probe set, as the errors of group means come from "
             f"them, got {sorted(response.batches)} of {sorted(columns.names)}"
         )
-    if shares is None:
-        totals = jnp.stack([jnp.sum(response.mass[name]) for name in columns.names])
-        share = {name: totals[i] for i, name in enumerate(columns.names)}
-    else:
+    if shares is not None:
         check_names("shares", shares, columns.names)
         for name, value in shares.items():
             check_number(f"shares[{name!r}]", value, minimum=0.0, exclusive=True)
-        norm = sum(shares.values())
-        share = {name: jnp.asarray(shares[name] / norm, mass.dtype) for name in columns.names}
 
     halves = response.halves if set(response.halves) == set(columns.names) else None
-    grouped = _grouped(response.chi, halves, response.batches, mass, columns=columns)
+    grouped = _grouped(response.chi, halves, response.batches, response.mass, columns=columns)
     # `jit` hands dictionaries back sorted.
-    chi, halves, stderr = (dict(zip(columns.names, x, strict=False)) for x in grouped)
+    chi, halves, stderr, share = (dict(zip(columns.names, x, strict=False)) for x in grouped)
+    if shares is not None:
+        norm = sum(shares.values())
+        share = {name: jnp.asarray(shares[name] / norm, share[name].dtype) for name in share}
     return replace(
         response,
         chi=chi,
@@ -255,18 +252,20 @@ def _grouped(
     chi: dict[str, Array],
     halves: dict[str, Array] | None,
     batches: dict[str, Array],
-    mass: Array,
+    mass: dict[str, Array],
     *,
     columns: Columns,
 ) -> tuple[list[Array], ...]:
-    """Of each probe set: χ, χ of two halves of the draws, and the error of χ from the batches."""
+    """Of each probe set: χ, χ of halves of the draws, the error of χ from the batches, the mass."""
+    flat = columns.join(mass)
 
     def mean(values: dict[str, Array] | None) -> list[Array]:
         if values is None:
             return []
-        return list(columns.group().split(columns.mean(columns.join(values), mass)).values())
+        return list(columns.group().split(columns.mean(columns.join(values), flat)).values())
 
-    return mean(chi), mean(halves), [mean_stderr(batches[name]) for name in columns.names]
+    stderr = [mean_stderr(batches[name]) for name in columns.names]
+    return mean(chi), mean(halves), stderr, [jnp.sum(mass[name]) for name in columns.names]
 
 
 def describe(response: Response) -> tables.Page:

@@ -100,7 +100,7 @@ def read(path: Path, like: Any, lanes: int | None, about: dict[str, Any]) -> Any
     restored = []
     for leaf, raw in zip(leaves, wanted, strict=True):
         if raw.size:
-            array = _fill(jnp.asarray(next(content)), raw, lanes)
+            array = _fill(jax.device_put(next(content)), raw, lanes)
         else:
             array = jax.device_put(np.zeros(raw.shape, raw.dtype), raw.sharding)
         if _is_key(leaf):
