@@ -30,6 +30,7 @@ from jaxpattern.chains.record import Trace
 from jaxpattern.diagnostics import summarize
 from jaxpattern.losses import weighted_mean
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.samplers import noise_by_leaf
 from jaxpattern.types import Params
 
@@ -84,7 +85,7 @@ class Reading(NamedTuple):
     check: Any
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Look(Trace):
     """Excess loss here and under the localization alone, distance, temperature, the check."""

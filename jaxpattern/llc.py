@@ -18,7 +18,6 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -36,6 +35,7 @@ from jaxpattern.chains.run import Run, make_run
 from jaxpattern.diagnostics import numbers_of, on_device, summarize
 from jaxpattern.losses import weighted_mean
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
 from jaxpattern.verdict import PILOT, before, say, trend, unsettled, warn
@@ -92,7 +92,7 @@ class LocalLearningCoefficient(NamedTuple):
         return tables.html(tables.llc, self)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class PairedExcessLoss(Trace):
     """Keeps L_B(w_t) − L_B(w*) on a fresh mini-batch, the same for both terms."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxpattern.losses import check_loss, check_weights, counted_rows, losses_in_chunks
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.types import Batch, Losses, LossFn, Params
 from jaxpattern.validation import (
     batch_length,
@@ -22,7 +23,7 @@ from jaxpattern.validation import (
 )
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class MeanLoss:
     """φ(w) = Σ_z ρ_z ℓ_z(w) / Σ_z ρ_z over a fixed batch, which is a leaf of it."""
@@ -109,7 +110,7 @@ def mean_losses(
     }
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class ExcessLoss:
     """φ(w) = L(w) − L(w*) over a fixed batch, differences taken loss by loss."""

@@ -22,6 +22,7 @@ from jaxpattern.losses import (
     weighted_mean,
     widen,
 )
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.restriction import Restriction, check_restriction
 from jaxpattern.runtime.mesh import take
 from jaxpattern.types import Batch, Losses, LossFn, Params, Position, import_blackjax
@@ -68,7 +69,7 @@ class Target(Protocol):
         """An estimate of ∇ log p(w)."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Posterior:
     """p(w) ∝ exp(−nβ L(w) − γ/2 ‖w − w*‖²), with L(w) = Σ_j ρ_j ℓ_j(w) / Σ_j ρ_j.

@@ -18,11 +18,12 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, PyTree
 
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.types import Params, Position
 from jaxpattern.validation import holds, is_concrete
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Restriction:
     """A lens on the weights: `select(params) → position`, `embed(position, params) → params`.

@@ -24,6 +24,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxpattern.posterior import Posterior, Target
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.types import Position, SamplingAlgorithm
 from jaxpattern.types import import_blackjax as import_blackjax
 from jaxpattern.validation import as_pytree_function, check_number, is_concrete
@@ -31,7 +32,7 @@ from jaxpattern.validation import as_pytree_function, check_number, is_concrete
 Noise = Literal["flat", "leaf"]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Sampler:
     """A function from a posterior to a `SamplingAlgorithm`, and what it needs.

@@ -22,6 +22,7 @@ from jaxpattern.chains.record import Trace
 from jaxpattern.chains.run import make_run
 from jaxpattern.diagnostics import summarize
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.runtime.checkpoint import Checkpoint
 from jaxpattern.runtime.host import host_for
 from jaxpattern.types import Params
@@ -88,7 +89,7 @@ def as_draws(kept: PyTree[Array]) -> PyTree[Array]:
     return Draws(kept) if type(kept) is dict else kept
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Observed(Trace):
     """Keeps `observe(params)` of every draw."""

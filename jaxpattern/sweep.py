@@ -21,6 +21,7 @@ from jaxpattern.chains.run import make_run
 from jaxpattern.diagnostics import summarize
 from jaxpattern.llc import PairedExcessLoss
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.runtime.host import Host
 from jaxpattern.samplers import sgld
 from jaxpattern.types import Params
@@ -95,7 +96,7 @@ class _Reading(NamedTuple):
     laplacian: Array
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class _Health(Trace):
     """Keeps the paired excess loss, the user's check, and both sides of Stein's identity."""

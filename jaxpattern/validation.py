@@ -16,6 +16,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Key
 
+from jaxpattern.pytrees import told_apart
+
 
 def is_concrete(value: Any) -> bool:
     """Whether the value can be looked at: false for what is traced by jit, vmap or grad."""
@@ -198,7 +200,7 @@ def as_pytree_function(function: Callable) -> Callable:
     """A function as a pytree, so that it passes through `jit` as an argument."""
     leaves = jax.tree.leaves(function)
     if len(leaves) != 1 or leaves[0] is not function:
-        return function
+        return told_apart(function)
     check_hashable(getattr(function, "__name__", type(function).__name__), function)
     return Partial(function)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Integer, Key, PyTree
 
 from jaxpattern.chains.plan import Plan
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.restriction import Restriction
 from jaxpattern.runtime.mesh import over_lanes, pad_lanes
 from jaxpattern.validation import is_concrete
@@ -22,7 +23,7 @@ from jaxpattern.validation import is_concrete
 T = TypeVar("T")
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class ComponentGroup:
     """Components whose restrictions have one shape and run as one vmapped program.

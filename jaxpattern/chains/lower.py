@@ -21,6 +21,7 @@ from jaxpattern.chains.loop import Segment
 from jaxpattern.chains.programs import Chunk, Shape, advance, look_back, start
 from jaxpattern.chains.record import Look, Recorder
 from jaxpattern.chains.run import Run
+from jaxpattern.pytrees import node_types
 
 
 class Lowered(NamedTuple):
@@ -52,7 +53,8 @@ def lower_chains(
     lanes = describe(make_lanes(group or ComponentGroup(), plan, antithetic, mesh), mesh, "chain")
     chorus = Chorus(key, posterior, shared, lanes)
     slots = None if look is None else look.slots
-    shape = Shape(mesh, plan.batch_size, plan.chains_at_once, slots)
+    types = node_types((run.sampler, recorder, look))
+    shape = Shape(mesh, plan.batch_size, plan.chains_at_once, slots, types)
     first = start.lower(chorus, (), shape)
     # XLA decides where the state of a chain lies, by where its parameters do.
     chains, _ = jax.tree.map(

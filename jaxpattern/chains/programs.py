@@ -51,6 +51,7 @@ class Shape(NamedTuple):
     batch_size: int | None
     at_once: int | None
     slots: int | None  # draws that a chain holds until they are filed; None: by their size
+    types: tuple[type, ...]  # of sampler, recorder and look
 
 
 class Chunk(NamedTuple):

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Bool, Key, PyTree
 
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 
 
 @runtime_checkable
@@ -48,7 +49,7 @@ class Trace:
         return ()
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Nothing(Trace):
     """Keeps nothing of the draws."""
@@ -60,7 +61,7 @@ class Nothing(Trace):
         return (), ()
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Several:
     """Several recorders of one set of chains, by name."""

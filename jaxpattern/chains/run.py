@@ -11,13 +11,14 @@ from jaxtyping import Array, Key
 from jaxpattern.chains.kernel import as_sampler
 from jaxpattern.chains.plan import LONGEST, Plan
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.samplers import Sampler
 from jaxpattern.types import Position
 from jaxpattern.validation import check_function, check_key, check_number, own_streams
 from jaxpattern.verdict import warn
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Run:
     """Chains of a sampler on a posterior. A pytree, which passes through `jit` and `vmap`.

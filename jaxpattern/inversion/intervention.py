@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxpattern import tables
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.columns import Columns
 from jaxpattern.types import Batch
 from jaxpattern.validation import batch_length, check_names
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Intervention:
     """Data weights and what they are predicted to do.

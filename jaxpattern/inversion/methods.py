@@ -29,6 +29,7 @@ from jaxpattern.inversion.spectral import (
     unit_rows,
     widest,
 )
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.validation import check_count, check_number, is_concrete
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -110,7 +111,7 @@ def _penalty(tau: Any, noise: Any, *, required: bool = False) -> Penalty:
     )
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class _LeastNorm:
     def __call__(self, matrix: Array, mass: Array, shift: Array, noise: Array, /) -> Solution:
@@ -141,7 +142,7 @@ def least_norm() -> InversionMethod:
     return _LeastNorm()
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class _TruncatedAtRank:
     rank: Any
@@ -157,7 +158,7 @@ class _TruncatedAtRank:
         return _linear(matrix, jnp.matmul(inverse, widest(shift), precision=_HIGHEST))
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class _TruncatedAtNoise:
     threshold: Any
@@ -205,7 +206,7 @@ def truncated(
     return _TruncatedAtRank(int(rank))
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class _Ridge:
     penalty: Penalty
@@ -252,7 +253,7 @@ def ridge(
     return _Ridge(_penalty(tau, noise, required=True))
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class _Box:
     lower: Any
@@ -307,7 +308,7 @@ def box(
     return _Box(lower, upper, _penalty(tau, noise))
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True)
 class _Entropic:
     penalty: Penalty

@@ -24,6 +24,7 @@ from jaxpattern.inversion.flat import (
 from jaxpattern.inversion.intervention import Intervention
 from jaxpattern.inversion.methods import InversionMethod, Solution, entropic, ridge
 from jaxpattern.inversion.spectral import energies
+from jaxpattern.pytrees import told_apart
 from jaxpattern.response.columns import Columns
 from jaxpattern.response.result import Response
 from jaxpattern.validation import is_concrete
@@ -256,7 +257,7 @@ def _importance(matrix: Array, mass: Array) -> Array:
 
 def _as_pytree(method: Any) -> Any:
     """The method as `jit` takes it: settings as leaves where it is a pytree, else static."""
-    return Partial(method) if jax.tree_util.all_leaves([method]) else method
+    return Partial(method) if jax.tree_util.all_leaves([method]) else told_apart(method)
 
 
 def _name(

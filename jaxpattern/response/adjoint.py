@@ -22,6 +22,7 @@ from jaxpattern.chains.programs import Past
 from jaxpattern.chains.record import Glance
 from jaxpattern.moments import Moments
 from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.problem import Problem
 from jaxpattern.response.products import Product, derivatives_along, hessian_products
 from jaxpattern.response.step import floats_of, given_step
@@ -65,7 +66,7 @@ class Backward(NamedTuple):
     tail: Float[Array, "blocks rows"]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Adjoint:
     """A `Look` that sweeps λ back from the draws of a segment, and adds up χ.

@@ -36,6 +36,7 @@ from jaxpattern.chains.pilot import Pilot, fly
 from jaxpattern.chains.run import Run
 from jaxpattern.moments import Moments, outer
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.measure import (
     Estimates,
     Part,
@@ -149,7 +150,7 @@ def covariance(
     return Covariance(form, renamed("direct", direct, "reweight_observable", reweight_observable))
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class CoMoments:
     """Adds up co-moments of φ with D, and keeps φ."""

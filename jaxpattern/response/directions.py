@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpattern import tables
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.result import Response
 from jaxpattern.validation import (
     check_count,
@@ -33,7 +34,7 @@ from jaxpattern.validation import (
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class PrincipalDirections:
     """Directions of the standardized response, the one of most variance first.

@@ -42,6 +42,7 @@ from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.run import Run, make_run
 from jaxpattern.diagnostics import on_device
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.columns import Columns
 from jaxpattern.response.influence_estimate import CoMoments, Level, Side, estimate
 from jaxpattern.response.influence_result import Influence
@@ -216,7 +217,7 @@ def _losses(problem: Problem, sides: list[Side], correlation: bool, plan: Plan) 
     )
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Losses:
     """Keeps the mean loss of every set, and the losses of each draw or their co-moments."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxpattern import tables, verdict
 from jaxpattern.lm.tokens import Decode, decode_each, visible
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.result import Interval, doubts, t_factor
 from jaxpattern.validation import check_count, check_names, is_concrete
 
@@ -43,7 +44,7 @@ class Pair(NamedTuple):
     helps: bool
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Influence:
     """How losses of probes move losses of queries, with errors; see `influence`.

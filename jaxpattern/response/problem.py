@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from jaxpattern.chains.lanes import ComponentGroup
 from jaxpattern.losses import check_loss, counted_rows, losses_in_chunks, weighted_mean
 from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.groups import component_groups
 from jaxpattern.response.shares import Spec, probe_mass, same_arrays
 from jaxpattern.restriction import Restriction
@@ -31,7 +32,7 @@ from jaxpattern.validation import (
 )
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Observables φ, probes z, and the reference data whose loss is L in χ_z = −Cov[φ, ℓ_z − L].

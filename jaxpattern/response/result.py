@@ -14,6 +14,7 @@ import scipy.special
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxpattern import tables, verdict
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.columns import Columns
 from jaxpattern.response.shares import mean_stderr
 from jaxpattern.validation import check_names, check_number, is_concrete
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import xarray
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class Response:
     """The response matrix χ ∈ R^{K×N}, with errors; columns are kept by probe set.

@@ -32,6 +32,7 @@ from jaxpattern.chains.pilot import Pilot
 from jaxpattern.chains.run import Run
 from jaxpattern.losses import counted_rows
 from jaxpattern.posterior import Minibatch, Posterior
+from jaxpattern.pytrees import register_pytree
 from jaxpattern.response.measure import (
     Estimates,
     Part,
@@ -73,7 +74,7 @@ class TangentState(NamedTuple):
     reach: Float[Array, "*lead groups"]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class TangentAlgorithm:
     """A sampler whose chains carry δ_g of every probe set g."""
@@ -203,7 +204,7 @@ def _sizes(state: PyTree[Array], tangents: list[Array]) -> Float[Array, " groups
     return jax.vmap(lambda leaves: optax.tree.norm(position_of(rebuild(leaves))))(tangents)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclass(frozen=True, eq=False)
 class TangentRecorder:
     """Keeps φ, and adds up ∇φ · δ_g / nβ."""
