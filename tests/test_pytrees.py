@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxpattern as jp
+from jaxpattern.chains.programs import shape_of
 from jaxpattern.chains.record import Trace
 from jaxpattern.pytrees import node_types, register_pytree
 from jaxpattern.validation import as_pytree_function
@@ -81,7 +82,8 @@ class Second(Trace):
 
 def test_recorders_of_two_classes_are_two_programs():
     """Without fields of their own, which is all that JAX compares."""
-    one, other = (node_types((None, recorder, None)) for recorder in (First(), Second()))
+    plan = jp.Plan(num_chains=2, num_burnin=1, num_draws=2, thin=1)
+    one, other = (shape_of(plan, None, (None, recorder, None)) for recorder in (First(), Second()))
     assert one != other
 
 

@@ -43,12 +43,12 @@ from jaxpattern.chains.programs import (
     gather,
     look_back,
     look_one,
+    shape_of,
     start,
 )
 from jaxpattern.chains.record import Look, Recorder
 from jaxpattern.chains.run import Run
 from jaxpattern.posterior import Posterior
-from jaxpattern.pytrees import node_types
 from jaxpattern.runtime.host import Host
 from jaxpattern.runtime.mesh import fetch, pad_lanes, put
 from jaxpattern.validation import is_concrete, is_traced
@@ -128,9 +128,7 @@ def run_chains(
     chorus = Chorus(*shared, put(make_lanes(group, plan, antithetic, mesh), mesh, "chain"))
     positions = _Positions(plan, tuple(segments), *((0, 0) if initial is None else initial[2:]))
     given = () if initial is None else put(pad_lanes(tuple(initial[:2]), mesh), mesh, "chain")
-    slots = None if look is None else look.slots
-    types = node_types((run.sampler, recorder, look))
-    shape = Shape(mesh, plan.batch_size, plan.chains_at_once, slots, types)
+    shape = shape_of(plan, mesh, (run.sampler, recorder, look))
     if not is_traced(chorus, given):
         chains = host.loop(
             label,

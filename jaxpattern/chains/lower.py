@@ -18,10 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpattern.chains.lanes import Chorus, ComponentGroup, make_lanes
 from jaxpattern.chains.loop import Segment
-from jaxpattern.chains.programs import Chunk, Shape, advance, look_back, start
+from jaxpattern.chains.programs import Chunk, advance, look_back, shape_of, start
 from jaxpattern.chains.record import Look, Recorder
 from jaxpattern.chains.run import Run
-from jaxpattern.pytrees import node_types
 
 
 class Lowered(NamedTuple):
@@ -52,9 +51,7 @@ def lower_chains(
     key, posterior, shared = describe((run.key, run.posterior, (run.sampler, recorder, look)), mesh)
     lanes = describe(make_lanes(group or ComponentGroup(), plan, antithetic, mesh), mesh, "chain")
     chorus = Chorus(key, posterior, shared, lanes)
-    slots = None if look is None else look.slots
-    types = node_types((run.sampler, recorder, look))
-    shape = Shape(mesh, plan.batch_size, plan.chains_at_once, slots, types)
+    shape = shape_of(plan, mesh, (run.sampler, recorder, look))
     first = start.lower(chorus, (), shape)
     # XLA decides where the state of a chain lies, by where its parameters do.
     chains, _ = jax.tree.map(

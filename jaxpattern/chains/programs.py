@@ -19,8 +19,10 @@ from jaxtyping import Array, Bool, Key, PyTree
 from jaxpattern.chains.divergence import all_finite
 from jaxpattern.chains.kernel import Streams, build_kernel, position_of, streams_of
 from jaxpattern.chains.lanes import Chorus, over_chains, unpack
+from jaxpattern.chains.plan import Plan
 from jaxpattern.chains.record import where_alive
 from jaxpattern.posterior import Posterior
+from jaxpattern.pytrees import node_types
 from jaxpattern.samplers import Sampler
 
 SLOTS = 64
@@ -52,6 +54,13 @@ class Shape(NamedTuple):
     at_once: int | None
     slots: int | None  # draws that a chain holds until they are filed; None: by their size
     types: tuple[type, ...]  # of sampler, recorder and look
+
+
+def shape_of(plan: Plan, mesh: Mesh | None, shared: Any) -> Shape:
+    """The shape of a run's programs; `shared` are sampler, recorder and look."""
+    look = shared[2]
+    slots = None if look is None else look.slots
+    return Shape(mesh, plan.batch_size, plan.chains_at_once, slots, node_types(shared))
 
 
 class Chunk(NamedTuple):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from jaxpattern.inversion.checks import Untargeted, check_problem
@@ -24,10 +23,9 @@ from jaxpattern.inversion.flat import (
 from jaxpattern.inversion.intervention import Intervention
 from jaxpattern.inversion.methods import InversionMethod, Solution, entropic, ridge
 from jaxpattern.inversion.spectral import energies
-from jaxpattern.pytrees import told_apart
 from jaxpattern.response.columns import Columns
 from jaxpattern.response.result import Response
-from jaxpattern.validation import is_concrete
+from jaxpattern.validation import as_pytree_function, is_concrete
 
 _TOLERANCE = 0.01
 # On Gaussian models solved again exactly, the predicted shift of weights this far from 1 is off by
@@ -108,7 +106,9 @@ def solve_weights(
     measured = measured_of(response)
     wanted = jnp.stack([jnp.asarray(target.get(rows[k], 0.0), dtype) for k in constrained])
     wish = _Wish(wanted, jnp.asarray(scale, dtype))
-    result = _solve(_as_pytree(method), measured, wish, columns=columns, constrained=constrained)
+    result = _solve(
+        as_pytree_function(method), measured, wish, columns=columns, constrained=constrained
+    )
     intervention = _name(result, response, constrained, target)
     values = (intervention, dict(target), scale, result, measured)
     if all(map(is_concrete, jax.tree.leaves(values))):
@@ -253,11 +253,6 @@ def _importance(matrix: Array, mass: Array) -> Array:
     largest = jnp.max(energy)
     floor = jnp.where(largest > 0, jnp.finfo(energy.dtype).eps * largest, 1.0)
     return 1 / jnp.where(energy > 0, energy, floor)
-
-
-def _as_pytree(method: Any) -> Any:
-    """The method as `jit` takes it: settings as leaves where it is a pytree, else static."""
-    return Partial(method) if jax.tree_util.all_leaves([method]) else told_apart(method)
 
 
 def _name(
